@@ -1,0 +1,164 @@
+"""Wukong (arXiv 2403.02545, section 3): stacked factorization machines, each layer doubling the interaction order."""
+
+# b examples, n embeddings of a layer's input, m of its output, d width, k rank, c compressed embeddings
+
+import torch
+from exfm.models.config import AttentionConfig, WukongConfig
+from exfm.models.embedding_layer import EmbeddingLayer
+from exfm.models.interface import Backbone, InputSpec, ModelSize
+from exfm.models.layers import MLP
+from torch import Tensor, nn
+
+
+class LinearCompress(nn.Module):
+    """m mixtures of n embeddings, W X (section 3.5): [b, n, d] -> [b, m, d], one matrix product for the whole batch."""
+
+    def __init__(self, num_in: int, num_out: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(num_out, num_in))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(n), as nn.Linear does."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        return self.weight @ x_bnd
+
+    def size(self) -> ModelSize:
+        return ModelSize(self.weight.numel(), 2 * self.weight.numel() * self.width)
+
+
+class PlainFM(nn.Module):
+    """All dot products, X X^T: [b, n, d] -> [b, n, n]."""
+
+    def __init__(self, num_in: int, width: int) -> None:
+        super().__init__()
+        self.num_in, self.width, self.out_width = num_in, width, num_in * num_in
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        return x_bnd @ x_bnd.mT
+
+    def size(self) -> ModelSize:
+        return ModelSize(0, 2 * self.num_in**2 * self.width)
+
+
+class OptimizedFM(nn.Module):
+    """X (X^T Y) with a learned Y [n, k] (section 3.6): [b, n, d] -> [b, n, k] without the n x n products."""
+
+    def __init__(self, num_in: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.num_in, self.width, self.rank, self.out_width = num_in, width, rank, num_in * rank
+        self.y = nn.Parameter(torch.empty(num_in, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(n): a column of Y is one mixture of the embeddings."""
+        bound = self.num_in**-0.5
+        nn.init.uniform_(self.y, -bound, bound)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        return x_bnd @ (x_bnd.mT @ self.y)
+
+    def size(self) -> ModelSize:
+        return ModelSize(self.num_in * self.rank, 4 * self.num_in * self.width * self.rank)
+
+
+class AttentiveFM(nn.Module):
+    """X (X^T Y) with Y [b, n, k] made by an MLP from the linearly compressed input (section 3.6)."""
+
+    def __init__(self, num_in: int, width: int, rank: int, attention: AttentionConfig, bias: bool) -> None:
+        super().__init__()
+        self.num_in, self.width, self.rank, self.out_width = num_in, width, rank, num_in * rank
+        self.compress = LinearCompress(num_in, attention.compressed, width)
+        self.mlp = MLP(attention.compressed * width, attention.hidden, num_in * rank, bias)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        y_bnk = self.mlp(self.compress(x_bnd).flatten(1)).unflatten(1, (self.num_in, self.rank))
+        return x_bnd @ (x_bnd.mT @ y_bnk)
+
+    def size(self) -> ModelSize:
+        return self.compress.size() + self.mlp.size() + ModelSize(0, 4 * self.num_in * self.width * self.rank)
+
+
+def _build_fm(config: WukongConfig, num_in: int) -> PlainFM | OptimizedFM | AttentiveFM:
+    match config.interaction:
+        case "plain":
+            return PlainFM(num_in, config.width)
+        case "optimized":
+            return OptimizedFM(num_in, config.width, config.rank)
+        case "attentive":
+            return AttentiveFM(num_in, config.width, config.rank, config.attention, config.bias)
+
+
+def _norm_size(norm: nn.LayerNorm) -> ModelSize:
+    return ModelSize(norm.normalized_shape[0] * (1 if norm.bias is None else 2))
+
+
+class FactorizationMachineBlock(nn.Module):
+    """reshape(MLP(LN(flatten(FM(X))))) (section 3.4): [b, n, d] -> [b, num_fmb, d]."""
+
+    def __init__(self, config: WukongConfig, num_in: int) -> None:
+        super().__init__()
+        self.shape = (config.num_fmb, config.width)
+        self.fm = _build_fm(config, num_in)
+        self.norm = nn.LayerNorm(self.fm.out_width, bias=config.bias)
+        self.mlp = MLP(self.fm.out_width, config.fmb_mlp, config.num_fmb * config.width, config.bias)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        return self.mlp(self.norm(self.fm(x_bnd).flatten(1))).unflatten(1, self.shape)
+
+    def size(self) -> ModelSize:
+        return self.fm.size() + _norm_size(self.norm) + self.mlp.size()
+
+
+class WukongLayer(nn.Module):
+    """LN(concat(FMB(X), LCB(X)) + X), LN over d; the residual is linearly compressed where m differs from n."""
+
+    def __init__(self, config: WukongConfig, num_in: int) -> None:
+        super().__init__()
+        self.num_out = config.num_fmb + config.num_lcb
+        self.fmb = FactorizationMachineBlock(config, num_in)
+        self.lcb = LinearCompress(num_in, config.num_lcb, config.width)
+        self.residual = None if num_in == self.num_out else LinearCompress(num_in, self.num_out, config.width)
+        self.norm = nn.LayerNorm(config.width, bias=config.bias)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        residual_bmd = x_bnd if self.residual is None else self.residual(x_bnd)
+        return self.norm(torch.cat([self.fmb(x_bnd), self.lcb(x_bnd)], dim=1) + residual_bmd)
+
+    def size(self) -> ModelSize:
+        residual = ModelSize() if self.residual is None else self.residual.size()
+        return self.fmb.size() + self.lcb.size() + residual + _norm_size(self.norm)
+
+
+class Wukong(Backbone):
+    """Embedding layer, `layers` Wukong layers, final MLP on the flattened last embeddings.
+
+    Raises UserError where the features' widths do not fit the config (see EmbeddingLayer).
+    """
+
+    def __init__(self, config: WukongConfig, inputs: InputSpec) -> None:
+        super().__init__()
+        dense_mlp = None
+        if inputs.num_dense:
+            dense_mlp = MLP(inputs.num_dense, config.dense_mlp, config.dense_embeddings * config.width, config.bias)
+        self.embedding = EmbeddingLayer(inputs, config.width, dense_mlp, config.groups, config.bias)
+        num_out = config.num_fmb + config.num_lcb
+        nums_in = [self.embedding.num_embeddings] + [num_out] * (config.layers - 1)
+        layers = [WukongLayer(config, num_in) for num_in in nums_in]
+        self.layers = nn.ModuleList(layers)
+        self.final_mlp = MLP(num_out * config.width, config.final_mlp, bias=config.bias)
+        self.out_width = self.final_mlp.out_width
+        self._size = sum((layer.size() for layer in layers), self.embedding.size() + self.final_mlp.size())
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        x_bnd = self.embedding(dense, pooled)
+        for layer in self.layers:
+            x_bnd = layer(x_bnd)
+        return self.final_mlp(x_bnd.flatten(1))
+
+    def size(self) -> ModelSize:
+        return self._size
