@@ -10,8 +10,17 @@ from exfm.models.layers import MLP
 from torch import Tensor, nn
 
 
+def for_each_example(matrix: Tensor, x_bnd: Tensor) -> Tensor:
+    """[r, s] -> a view [b, r, s], so that a product with x is batched.
+
+    Left to broadcast it, matmul folds the batch into rows: that copies x transposed and keeps the copy for backward. On
+    2 CPU cores, forward and backward took 1.2 to 4 times as long.
+    """
+    return matrix.expand(x_bnd.shape[0], -1, -1)
+
+
 class LinearCompress(nn.Module):
-    """m mixtures of n embeddings, W X (section 3.5): [b, n, d] -> [b, m, d], one matrix product for the whole batch."""
+    """m mixtures of n embeddings, W X (section 3.5): [b, n, d] -> [b, m, d], one batched matrix product."""
 
     def __init__(self, num_in: int, num_out: int, width: int) -> None:
         super().__init__()
@@ -25,7 +34,7 @@ class LinearCompress(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x_bnd: Tensor) -> Tensor:
-        return self.weight @ x_bnd
+        return for_each_example(self.weight, x_bnd) @ x_bnd
 
     def size(self) -> ModelSize:
         return ModelSize(self.weight.numel(), 2 * self.weight.numel() * self.width)
@@ -60,7 +69,7 @@ class OptimizedFM(nn.Module):
         nn.init.uniform_(self.y, -bound, bound)
 
     def forward(self, x_bnd: Tensor) -> Tensor:
-        return x_bnd @ (x_bnd.mT @ self.y)
+        return x_bnd @ (x_bnd.mT @ for_each_example(self.y, x_bnd))
 
     def size(self) -> ModelSize:
         return ModelSize(self.num_in * self.rank, 4 * self.num_in * self.width * self.rank)

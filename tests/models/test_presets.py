@@ -1,16 +1,14 @@
 """The presets against the paper's Table 5. docs/models.md says why most rows cannot be met."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from exfm.models.config import WUKONG_PRESETS
-from exfm.models.presets import PAPER_INPUTS, PAPER_ROWS, markdown_table, preset_size
+from exfm.models.presets import PAPER_INPUTS, PAPER_ROWS, preset_size
 from exfm.models.wukong import Wukong
 from torch.utils.flop_counter import FlopCounterMode
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 NAMES = list(PAPER_ROWS)
 
 
@@ -56,7 +54,3 @@ def test_training_flops_of_the_three_largest_presets_are_within_a_tenth_of_the_p
     fitting = [name for name in NAMES if within_a_tenth(gflop[name], PAPER_ROWS[name].gflop)]
     assert fitting == ["wukong-22g", "wukong-61g", "wukong-108g"]
     assert [round(value, 2) for value in gflop.values()] == [0.40, 0.84, 1.38, 5.02, 22.92, 58.03, 116.40]
-
-
-def test_the_table_in_the_docs_is_the_one_that_the_command_prints():
-    assert markdown_table() in DOCS.read_text()
