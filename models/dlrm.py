@@ -3,7 +3,6 @@
 # b examples, n embeddings, d width
 
 import torch
-import torch.fx
 from exfm.data.errors import UserError
 from exfm.models.config import DlrmConfig
 from exfm.models.embedding_layer import EmbeddingLayer
@@ -12,7 +11,6 @@ from exfm.models.layers import MLP
 from torch import Tensor
 
 
-@torch.fx.wrap  # TorchRec's pipeline traces models with FX, in which a device is not known
 def pairwise_products(x_bnd: Tensor) -> Tensor:
     """Dot products of all pairs i < j, row by row: [b, n, d] -> [b, n(n-1)/2].
 
