@@ -162,9 +162,8 @@ def _check_match(inst: Installation) -> list[Finding]:
     known = minors & {_minor(m.fbgemm) for m in MATCHES}
     if known or len(minors) > 1:
         built_for = next((m.torch for m in MATCHES if _minor(m.fbgemm) in known), "another torch")
-        what = (
-            f"{triple}: {min(known)} is built for torch {_minor(built_for)}" if known else f"{triple}: not one release"
-        )
+        why = f"{min(known)} is built for torch {_minor(built_for)}" if known else "these are not of one release"
+        what = f"{triple}: {why}"
         return [Finding("error", what, _everything_fix(inst))]
     follows = _follows_rule(torch, minors.pop())
     rule = "follows" if follows else "breaks"
@@ -242,9 +241,7 @@ IMPORT_CAUSES = (
     ),
     ImportCause(r"No module named '?torch\b", "torch is missing", _everything_fix),
     ImportCause(r"No module named", "a package that torchrec needs is missing", _everything_fix),
-    ImportCause(
-        r"killed by signal", "libraries built for different releases, or for another processor", _everything_fix
-    ),
+    ImportCause(r"killed by signal", "libraries of different releases, or for another processor", _everything_fix),
 )
 
 

@@ -185,9 +185,11 @@ rdzv_port=$((20000 + SLURM_JOB_ID % 10000))
 mkdir -p "$RUN_FOLDER/logs"
 rm -f "$RUN_FOLDER/exit.json"  # an earlier attempt's
 
-# srun does not inherit --cpus-per-task from the job.
+# srun does not inherit --cpus-per-task from the job. When one node's torchrun has ended, the others get STOP_S seconds
+# to end too: none would cut off a commit, no limit would leave the job hanging.
 srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \\
-  --kill-on-bad-exit=1 --open-mode=append --output="$RUN_FOLDER/logs/slurm-%j-node%n.log" \\
+  --kill-on-bad-exit=0 --wait="$STOP_S" \\
+  --open-mode=append --output="$RUN_FOLDER/logs/slurm-%j-node%n.log" \\
   "$TORCHRUN" --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE" \\
   --rdzv-backend c10d --rdzv-endpoint "$head_node:$rdzv_port" --rdzv-id "$SLURM_JOB_ID" \\
   -m exfm.trainer "$CONFIG"
