@@ -49,8 +49,9 @@ clean:  ## remove what was built; .venv stays
 # A .venv made for the other device is made anew: pip would keep the torch build that it finds there.
 $(STAMP): requirements/common.txt requirements/$(EXFM_DEVICE).txt requirements/dev.txt setup.py
 	@test -n "$(PYTHON)" || { echo "exfm needs Python 3.11 or newer and found none; install one and say: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
-	@if [ ! -e $@ ] && ls .venv/.exfm-* >/dev/null 2>&1; then echo "set-up: .venv is for another device, making it anew"; rm -rf .venv; fi
+	@if [ -e .venv/.device ] && [ "$$(cat .venv/.device)" != $(EXFM_DEVICE) ]; then echo "set-up: .venv is for another device, making it anew"; rm -rf .venv; fi
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "'$(PYTHON) -m venv' failed: install your system's venv package for it (Debian: python3-venv)" >&2; exit 1; }
+	@echo $(EXFM_DEVICE) >.venv/.device
 	@echo "set-up of .venv for $(EXFM_DEVICE), a minute or two: $(TORCH)"
 	@$(PIP) $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') '$(TORCH)'
 	@echo "set-up: its libraries, torchrec, fbgemm, exfm"

@@ -128,7 +128,8 @@ def _print_findings(findings: list[Finding]) -> None:
         for finding in findings:
             print(f"{finding.level:5}  {finding.what}")
     else:
-        table = Table(show_header=False, box=None)
+        table = Table("", "", show_header=False, box=None)
+        table.columns[1].overflow = "fold"  # a path that is cut off helps nobody
         for finding in findings:
             style = {"ok": "green", "warn": "yellow", "error": "red"}[finding.level]
             table.add_row(f"[{style}]{finding.level}", finding.what.replace("[", r"\["))
