@@ -3,11 +3,12 @@
 # b examples, w width of all inputs together, r rank
 
 import torch
+from torch import Tensor, nn
+
 from exfm.data.errors import UserError
 from exfm.models.config import DcnV2Config
 from exfm.models.interface import Backbone, InputSpec, ModelSize
 from exfm.models.layers import MLP
-from torch import Tensor, nn
 
 
 class LowRankCross(nn.Module):

@@ -3,12 +3,13 @@
 # b examples, n embeddings, d width
 
 import torch
+from torch import Tensor
+
 from exfm.data.errors import UserError
 from exfm.models.config import DlrmConfig
 from exfm.models.embedding_layer import EmbeddingLayer
 from exfm.models.interface import Backbone, InputSpec, ModelSize
 from exfm.models.layers import MLP
-from torch import Tensor
 
 
 def pairwise_products(x_bnd: Tensor) -> Tensor:

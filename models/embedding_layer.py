@@ -3,11 +3,12 @@
 # b examples, n embeddings, d width, p width of all pooled features together
 
 import torch
+from torch import Tensor, nn
+
 from exfm.data.errors import UserError
 from exfm.models.config import EmbeddingGroup
 from exfm.models.interface import InputSpec, ModelSize
 from exfm.models.layers import MLP
-from torch import Tensor, nn
 
 
 class EmbeddingLayer(nn.Module):

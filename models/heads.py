@@ -1,8 +1,9 @@
 """Heads: from a backbone's output to one logit per task."""
 
+from torch import Tensor, nn
+
 from exfm.models.interface import ModelSize
 from exfm.models.layers import MLP
-from torch import Tensor, nn
 
 
 class Head(nn.Module):

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from exfm.data.errors import UserError
 from torch import Tensor, nn
+
+from exfm.data.errors import UserError
 
 
 @dataclass(frozen=True)

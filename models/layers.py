@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from exfm.models.interface import ModelSize
 from torch import Tensor, nn
+
+from exfm.models.interface import ModelSize
 
 
 class MLP(nn.Module):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from exfm.models.config import WUKONG_PRESETS
 from exfm.models.interface import InputSpec, ModelSize
 from exfm.models.wukong import Wukong

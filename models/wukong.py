@@ -3,11 +3,12 @@
 # b examples, n embeddings of a layer's input, m of its output, d width, k rank, c compressed embeddings
 
 import torch
+from torch import Tensor, nn
+
 from exfm.models.config import AttentionConfig, WukongConfig
 from exfm.models.embedding_layer import EmbeddingLayer
 from exfm.models.interface import Backbone, InputSpec, ModelSize
 from exfm.models.layers import MLP
-from torch import Tensor, nn
 
 
 def for_each_example(matrix: Tensor, x_bnd: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, MATCHES, Installation, diagnose
-from exfm.launch.doctor import find_stale_locks, probe_import
 from hypothesis import given
 from hypothesis import strategies as st
+
+from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, MATCHES, Installation, diagnose
+from exfm.launch.doctor import find_stale_locks, probe_import
 
 PIP = ["/venv/bin/python", "-m", "pip"]
 CPU = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", CPU_WHEEL: "1.8.0"}

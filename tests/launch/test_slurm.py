@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from exfm.data.errors import UserError
 from exfm.launch.slurm import SlurmJob, submit, write_sbatch, write_script
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from exfm.models.config import AttentionConfig, DcnV2Config, DlrmConfig, EmbeddingGroup, WukongConfig
 from exfm.models.interface import InputSpec
 

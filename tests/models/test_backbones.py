@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from exfm.models.build import build_backbone
 
 

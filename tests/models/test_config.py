@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
+
 from exfm.data.errors import UserError
 from exfm.models.build import BACKBONES, build_backbone
 from exfm.models.config import WUKONG_PRESETS, DlrmConfig, ModelConfig, WukongConfig
 from exfm.models.interface import InputSpec
-from pydantic import TypeAdapter, ValidationError
 
 parse = TypeAdapter(ModelConfig).validate_python
 SPARSE = InputSpec(0, (("user", 4), ("item", 4)))

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter
+
 from exfm.models.config import WUKONG_PRESETS, ModelConfig
 from exfm.models.presets import markdown_table
-from pydantic import TypeAdapter
 
 DOCS = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 

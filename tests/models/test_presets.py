@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from exfm.models.config import WUKONG_PRESETS
 from exfm.models.presets import PAPER_INPUTS, PAPER_ROWS, preset_size
 from exfm.models.wukong import Wukong
-from torch.utils.flop_counter import FlopCounterMode
 
 NAMES = list(PAPER_ROWS)
 

@@ -1,13 +1,14 @@
 """Analytic sizes against counted parameters and against the FLOPs that PyTorch counts while the model runs."""
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
 from exfm.models.build import build_backbone
 from exfm.models.config import AttentionConfig, DcnV2Config, DlrmConfig, EmbeddingGroup, WukongConfig
 from exfm.models.heads import Head
 from exfm.models.interface import InputSpec
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 small = st.integers(1, 5)
 hidden = st.lists(small, max_size=2).map(tuple)

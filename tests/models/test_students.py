@@ -1,6 +1,7 @@
 """DLRM, DCN-V2 and the head against their equations, written out example by example."""
 
 import torch
+
 from exfm.models.dcnv2 import DcnV2
 from exfm.models.dlrm import Dlrm
 from exfm.models.heads import Head

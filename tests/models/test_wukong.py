@@ -1,6 +1,7 @@
 """Wukong against the paper's equations, written out example by example and embedding by embedding."""
 
 import torch
+
 from exfm.models.config import WukongConfig
 from exfm.models.interface import InputSpec
 from exfm.models.wukong import OptimizedFM, PlainFM, Wukong

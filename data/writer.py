@@ -1,0 +1,103 @@
+"""Writing slices: features and labels as row-aligned Parquet, each committed by its manifest."""
+
+import os
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from exfm.data.commit import Filesystem, commit_json, sha256_of
+from exfm.data.errors import UserError
+from exfm.data.manifest import MANIFEST, Part, RowGroup, SliceManifest, Stream, digest_ids, slice_folder
+from exfm.data.schema import Schema, check_types
+
+ROW_GROUP_ROWS = 16_384
+PART_ROWS = 4_194_304
+
+
+def check_slice(table: pa.Table, schema: Schema, where: str) -> None:
+    """Refuse a slice that a job could not train on. UserError says what, where and which example."""
+    check_types(table.schema, schema.feature_types() | schema.label_types(), where)
+    if table.num_rows == 0:
+        raise UserError(f"{where} is empty (0 rows); use fewer or wider slices")
+    for name in (schema.id, schema.timestamp):
+        if table.column(name).null_count:
+            raise UserError(f"{where}: column '{name}' has {table.column(name).null_count} nulls, none are allowed")
+    ids = table.column(schema.id).to_numpy()
+    check_labels(table, schema.labels, ids, where)
+    if len(np.unique(ids)) != len(ids):
+        values, counts = np.unique(ids, return_counts=True)
+        raise UserError(f"{where}: example id {values[counts > 1][0]} occurs more than once; ids must be unique")
+    steps = np.diff(table.column(schema.timestamp).to_numpy())
+    if (steps < 0).any():
+        row = int(np.argmax(steps < 0)) + 1
+        raise UserError(f"{where}: row {row} (example {ids[row]}) is earlier than the row before it; sort by timestamp")
+
+
+def check_labels(table: pa.Table, labels: tuple[str, ...], ids: np.ndarray, where: str) -> None:
+    """UserError names the first label that is neither 0, 1 nor missing."""
+    for name in labels:
+        values = table.column(name).to_numpy()
+        bad = ~((values == 0) | (values == 1) | np.isnan(values))
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise UserError(
+                f"{where}: label '{name}' of example {ids[row]} is {values[row]:g}; labels are 0, 1 or null (not observed)"
+            )
+
+
+def write_slice(
+    stream: Stream, index: int, t0: int, t1: int, table: pa.Table, extra: dict[str, Any] | None = None
+) -> None:
+    """Write and commit features and labels of one slice; rows sorted by timestamp, [t0, t1) in Unix seconds.
+
+    An already committed slice is refused (UserError): what a job may have read is never replaced.
+    """
+    schema = stream.schema
+    check_slice(table, schema, f"slice {index}")
+    ids = table.column(schema.id).to_numpy()
+    if stream.manifest(index, "features") is not None:
+        raise UserError(f"slice {index} of {stream.root} is already committed; use an empty folder")
+    columns: dict[Literal["features", "labels"], list[str]] = {
+        "features": list(schema.feature_types()),
+        "labels": list(schema.label_types()),
+    }
+    for kind, names in columns.items():
+        folder = f"{slice_folder(stream.root, index)}/{kind}"
+        parts = write_parts(stream.fs, folder, table.select(names), ids)
+        manifest = SliceManifest(
+            kind=kind, stream=schema.name, schema_digest=stream.schema_digest, slice=index, t0=t0, t1=t1,
+            rows=table.num_rows, parts=parts, extra=extra or {} if kind == "labels" else {},
+        )  # fmt: skip
+        commit_json(stream.fs, f"{folder}/{MANIFEST}", manifest.model_dump())
+
+
+def write_parts(fs: Filesystem, folder: str, table: pa.Table, ids: np.ndarray) -> tuple[Part, ...]:
+    """Write `table` as Parquet parts of at most PART_ROWS rows; ids [rows] are digested per row group."""
+    fs.makedirs(folder, exist_ok=True)
+    parts = []
+    for number, start in enumerate(range(0, table.num_rows, PART_ROWS)):
+        piece, piece_ids = table.slice(start, PART_ROWS), ids[start : start + PART_ROWS]
+        groups = tuple(
+            RowGroup(rows=len(g), id_digest=digest_ids(g))
+            for g in (piece_ids[i : i + ROW_GROUP_ROWS] for i in range(0, len(piece_ids), ROW_GROUP_ROWS))
+        )
+        parts.append(write_part(fs, folder, f"part-{number:05d}.parquet", piece, groups))
+    return tuple(parts)
+
+
+def write_part(fs: Filesystem, folder: str, name: str, table: pa.Table, groups: tuple[RowGroup, ...]) -> Part:
+    """One Parquet file whose row groups are exactly `groups`, written through to the disk."""
+    path = f"{folder}/{name}"
+    with fs.open(path, "wb") as f:
+        with pq.ParquetWriter(f, table.schema, compression="zstd") as writer:
+            start = 0
+            for group in groups:
+                writer.write_table(table.slice(start, group.rows), row_group_size=group.rows)
+                start += group.rows
+        if isinstance(fs, LocalFileSystem):
+            f.flush()
+            os.fsync(f.fileno())
+    return Part(path=name, bytes=fs.size(path), sha256=sha256_of(fs, path), rows=table.num_rows, row_groups=groups)
