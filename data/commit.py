@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 import fsspec
 import pyarrow.parquet as pq
@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from exfm.data.errors import UserError
 
-Filesystem = fsspec.AbstractFileSystem
+Filesystem: TypeAlias = fsspec.AbstractFileSystem
 
 
 def open_folder(url: str | os.PathLike[str]) -> tuple[Filesystem, str]:
