@@ -86,6 +86,14 @@ def _second_starts(timestamps: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(steps) + 1])
 
 
+def new_stream(url: str, schema: Schema, num_slices: int) -> Stream:
+    """A stream to write slices into; commit_stream completes it. UserError where the folder already holds a stream."""
+    fs, root = open_folder(url)
+    if fs.exists(f"{root}/stream.json"):
+        raise UserError(f"{root} already holds a stream; use an empty folder")
+    return Stream(fs, root, StreamInfo(stream_schema=schema, num_slices=num_slices))
+
+
 def write_stream(
     url: str,
     schema: Schema,
@@ -101,10 +109,7 @@ def write_stream(
     memory at once. extra_of_slice, extra: further facts for the labels manifests and for stream.json. UserError where
     the folder already holds a stream or a slice is not fit to train on.
     """
-    fs, root = open_folder(url)
-    if fs.exists(f"{root}/stream.json"):
-        raise UserError(f"{root} already holds a stream; use an empty folder")
-    stream = Stream(fs, root, StreamInfo(stream_schema=schema, num_slices=len(cuts), extra=extra or {}))
+    stream = new_stream(url, schema, len(cuts))
     for index, cut in enumerate(cuts):
         rows = table.slice(cut.row0, cut.row1 - cut.row0) if isinstance(table, pa.Table) else table(cut.row0, cut.row1)
         write_slice(stream, index, cut.t0, cut.t1, rows, extra_of_slice(index) if extra_of_slice else None)

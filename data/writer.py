@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -22,11 +23,13 @@ def check_slice(table: pa.Table, schema: Schema, where: str) -> None:
     check_types(table.schema, schema.feature_types() | schema.label_types(), where)
     if table.num_rows == 0:
         raise UserError(f"{where} is empty (0 rows); use fewer or wider slices")
-    for name in (schema.id, schema.timestamp):
+    for name in filter(None, (schema.id, schema.timestamp, schema.user, schema.weight)):
         if table.column(name).null_count:
             raise UserError(f"{where}: column '{name}' has {table.column(name).null_count} nulls, none are allowed")
     ids = table.column(schema.id).to_numpy()
     check_labels(table, schema.labels, ids, where)
+    _check_numbers(table, schema, ids, where)
+    _check_lists(table, schema, where)
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         raise UserError(f"{where}: example id {values[counts > 1][0]} occurs more than once; ids must be unique")
@@ -34,6 +37,41 @@ def check_slice(table: pa.Table, schema: Schema, where: str) -> None:
     if (steps < 0).any():
         row = int(np.argmax(steps < 0)) + 1
         raise UserError(f"{where}: row {row} (example {ids[row]}) is earlier than the row before it; sort by timestamp")
+
+
+def _check_numbers(table: pa.Table, schema: Schema, ids: np.ndarray, where: str) -> None:
+    """UserError for an infinite dense value or an example weight that is negative, infinite or NaN."""
+    for name in schema.dense:
+        if (bad := np.isinf(table.column(name).to_numpy())).any():
+            row = int(np.argmax(bad))
+            raise UserError(
+                f"{where}: '{name}' of example {ids[row]} is infinite; clip it, or leave it null if unknown"
+            )
+    if schema.weight:
+        weights = table.column(schema.weight).to_numpy()
+        if not (good := np.isfinite(weights) & (weights >= 0)).all():
+            row = int(np.argmin(good))
+            raise UserError(
+                f"{where}: weight '{schema.weight}' of example {ids[row]} is {weights[row]}; weights are finite and at "
+                "least 0"
+            )
+
+
+def _check_lists(table: pa.Table, schema: Schema, where: str) -> None:
+    """UserError for nulls inside lists, and for per-id weights that are not as many as the ids."""
+    for column in schema.sparse:
+        for name in filter(None, (column.name if column.list else None, column.weights)):
+            if any(chunk.flatten().null_count for chunk in table.column(name).chunks):
+                raise UserError(f"{where}: lists of '{name}' contain nulls; leave them out of the lists")
+        if column.weights:
+            num_ids = (
+                pc.list_value_length(table.column(column.name))
+                if column.list
+                else table.column(column.name).is_valid().cast(pa.int32())
+            )
+            num_weights = pc.list_value_length(table.column(column.weights))
+            if not num_ids.fill_null(0).equals(num_weights.fill_null(0)):
+                raise UserError(f"{where}: '{column.weights}' must have one weight for every id of '{column.name}'")
 
 
 def check_labels(table: pa.Table, labels: tuple[str, ...], ids: np.ndarray, where: str) -> None:
