@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
@@ -171,24 +172,29 @@ def _groups(stream: Stream, manifest: SliceManifest, columns: tuple[str, ...]) -
 
 
 def render(found: dict[str, Any]) -> Group:
-    """What `inspect` found, as tables for a rich console."""
+    """What `inspect` found, as tables for a rich console; under a label's name, its rate."""
     labels = found["schema"]["labels"]
-    slices = Table(title=f"{found['path']}: {found['rows']:,} examples in {len(found['slices'])} slices")
-    for name in ("slice", "state", "rows", "from", "to", *(f"rate of {name}" for name in labels)):
-        slices.add_column(name, justify="left" if name == "state" else "right")
+    slices = _table(f"{found['path']}: {found['rows']:,} examples", "slice", "state", "rows", "from", "to", *labels)
     for s in found["slices"]:
         rates = [s.get("labels", {}).get(name, {}).get("rate") for name in labels]
         times = [_time(s.get("t0")), _time(s.get("t1"))]
         slices.add_row(str(s["slice"]), s["state"], f"{s['rows']:,}", *times, *(_number(r) for r in rates))
-    features = Table(title="columns")
-    names = ("type", "nulls", "nans", "distinct", "mean_length", "mean", "std", "min", "max")
-    for name in ("name", *names):
-        features.add_column(name.replace("_", " "), justify="left" if name in ("name", "type") else "right")
-    for name, column in found["features"].items():
-        approximate = "" if column.get("distinct_is_exact", True) else "~"
-        cells = [approximate * (n == "distinct") + _number(column.get(n)) for n in names]
-        features.add_row(name, *cells)
-    return Group(slices, features)
+    ids = _table("ids", "column", "type", "nulls", "distinct", "mean length")
+    numbers = _table("numbers", "column", "type", "nulls", "nans", "mean", "std", "min", "max")
+    for name, c in found["features"].items():
+        if "distinct" in c:
+            distinct = "~" * (not c["distinct_is_exact"]) + _number(c["distinct"])
+            ids.add_row(name, c["type"], _number(c["nulls"]), distinct, _number(c.get("mean_length")))
+        else:
+            numbers.add_row(name, *(_number(c[key]) for key in ("type", "nulls", "nans", "mean", "std", "min", "max")))
+    return Group(slices, ids, numbers)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("column", "type", "state") else "right", no_wrap=True)
+    return table
 
 
 def _number(value: float | str | None) -> str:
@@ -200,4 +206,4 @@ def _number(value: float | str | None) -> str:
 
 
 def _time(seconds: int | None) -> str:
-    return "" if seconds is None else str(np.datetime64(seconds, "s")).replace("T", " ")
+    return "" if seconds is None else str(np.datetime64(seconds, "s")).replace("T", " ")[:16]

@@ -51,11 +51,11 @@ class World:
     num_slices: int = 20
     rows_per_slice: int = 20_000
     seed: int = 0
-    num_users: int = 3_000
-    num_items: int = 1_000
+    num_users: int = 1_000
+    num_items: int = 300
     num_domains: int = 4
     num_tasks: int = 1
-    width: int = 8
+    width: int = 4
     num_groups: int = 20
     growth: float = 0.03
     skew: float = 0.7
@@ -154,7 +154,7 @@ class World:
         return hash64(numbers, salt_of("synth", self.seed, what))
 
     def _uniform(self, what: str, numbers: Ints) -> Floats:
-        return (self._hash(what, numbers) >> np.uint64(11)) * 2.0**-53
+        return (self._hash(what, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def _normal(self, what: str, numbers: Ints, width: int) -> Floats:
         """About normal [n, width], as the sum of four uniforms: exact on every machine, as exp and log are not."""

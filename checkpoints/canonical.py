@@ -1,0 +1,95 @@
+"""Canonical form of a model's state: the same keys and global shapes for every plan, number of ranks and device.
+
+    tables.<name>.weight [rows, width]     tables.<name>.adagrad_sum [rows, segments] f32
+    dense.<part>.<parameter>               adam.<part>.<parameter>.{step, exp_avg, exp_avg_sq}
+
+Sharded tables are DTensors over this rank's shards; whole (data-parallel) and dense tensors are plain, written once by DCP.
+segments is 1 except under column-wise sharding, where row-wise Adagrad keeps one accumulator per column shard.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as RowShard
+from torchrec.distributed.shards_wrapper import LocalShardsWrapper
+
+from exfm.sharding.shards import Shard
+
+Piece = tuple[Tensor, tuple[int, int]]
+
+
+def table_state(
+    shards: Sequence[Shard],
+    plan: Sequence[dict[str, Any]],
+    shapes: dict[str, tuple[int, int]],
+    accumulator: Callable[[nn.Parameter], Tensor],
+    device_type: str,
+) -> dict[str, Tensor]:
+    """Live views of all tables and their optimiser state.
+
+    shapes: (rows, width) by table. accumulator: state [rows] of a data-parallel table's parameter.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    state: dict[str, Tensor] = {}
+    for row in plan:
+        name = str(row["table"])
+        mine = [s for s in shards if s.table == name]
+        starts = sorted({s["offsets"][1] for s in row["shards"]}) or [0]
+        if row["sharding_type"] == "data_parallel":
+            parameter = mine[0].parameter
+            assert parameter is not None
+            state[f"tables.{name}.weight"] = mine[0].weight
+            state[f"tables.{name}.adagrad_sum"] = accumulator(parameter).view(-1, 1)
+            continue
+        weights: list[Piece] = [(s.weight, (s.row, s.column)) for s in mine]
+        sums: list[Piece] = [
+            (s.accumulator.view(-1, 1), (s.row, starts.index(s.column))) for s in mine if s.accumulator is not None
+        ]
+        state[f"tables.{name}.weight"] = distributed(weights, shapes[name], mesh)
+        state[f"tables.{name}.adagrad_sum"] = distributed(sums, (shapes[name][0], len(starts)), mesh)
+    return state
+
+
+def distributed(pieces: Sequence[Piece], shape: tuple[int, int], mesh: DeviceMesh) -> Tensor:
+    """A DTensor of a global shape whose local part is any set of 2-D pieces at (row, column) offsets."""
+    wrapper = LocalShardsWrapper([tensor for tensor, _ in pieces], [offset for _, offset in pieces])
+    return DTensor.from_local(
+        wrapper, mesh, [RowShard(0)], run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
+    )
+
+
+def dense_state(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of the dense parts, live."""
+    return {f"dense.{part}.{name}": t for part, module in modules.items() for name, t in module.state_dict().items()}
+
+
+def adam_state(
+    modules: dict[str, nn.Module], state_of: Callable[[nn.Parameter], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Adam's state of every dense parameter, live. state_of(parameter) -> step, exp_avg, exp_avg_sq."""
+    return {
+        f"adam.{part}.{name}.{key}": value
+        for part, module in modules.items()
+        for name, parameter in module.named_parameters()
+        for key, value in state_of(parameter).items()
+    }
+
+
+def convert_segments(saved: Tensor, segments: int, name: str) -> Tensor:
+    """Row-wise Adagrad sums [r, saved segments] for another number of column shards.
+
+    One accumulator per column shard is the mean of g^2 over its columns, so one for the whole row is the mean of equal
+    shards' (exact). The other way every shard starts from the row's (its own history was never kept).
+    """
+    if saved.shape[1] == segments:
+        return saved
+    if segments == 1:
+        return saved.mean(dim=1, keepdim=True)
+    if saved.shape[1] == 1:
+        return saved.expand(-1, segments)
+    return convert_segments(convert_segments(saved, 1, name), segments, name)

@@ -1,0 +1,50 @@
+"""Raw ids to table rows: a stable hash or identity, as each feature says."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exfm.data.columns import SparseInput
+from exfm.data.errors import UserError
+from exfm.data.hashing import hash64, salt_of
+from exfm.data.schema import Schema
+from exfm.embeddings.config import FeaturesConfig, SparseFeature, TableConfig, Tables
+
+I64 = NDArray[np.int64]
+
+
+def sparse_inputs(features: FeaturesConfig, tables: Tables, schema: Schema) -> tuple[SparseInput, ...]:
+    """What the reader must know of every sparse feature. UserError for a column that the stream lacks."""
+    inputs = []
+    for feature in features.sparse:
+        column = schema.sparse_column(feature.source)
+        if feature.weighted and not column.weights:
+            raise UserError(
+                f"feature '{feature.name}' is weighted, but column '{column.name}' has no weights in the schema"
+            )
+        to_rows = IdMap(feature, tables[feature.table])
+        inputs.append(SparseInput(feature.name, column.name, to_rows, column.weights if feature.weighted else None))
+    return tuple(inputs)
+
+
+class IdMap:
+    """The id mapping of one feature. Features that share a table share its hash, so that an id has one row."""
+
+    def __init__(self, feature: SparseFeature, table: TableConfig) -> None:
+        self.feature, self.rows = feature, table.rows
+        self.salt = salt_of("ids", feature.table)
+
+    def __call__(self, values: I64, lengths: I64, example_ids: I64) -> I64:
+        """values [n] raw ids, lengths [b] ids per example, example_ids [b] -> rows [n].
+
+        UserError names feature, table and the first offending example for an id outside an identity table.
+        """
+        if self.feature.ids == "hash":
+            return (hash64(values, self.salt) % np.uint64(self.rows)).astype(np.int64)
+        if len(values) and (values.min() < 0 or values.max() >= self.rows):
+            first = int(np.argmax((values < 0) | (values >= self.rows)))
+            example = np.repeat(example_ids, lengths)[first]
+            raise UserError(
+                f"feature '{self.feature.name}': id {values[first]} of example {example} is outside the identity table "
+                f"'{self.feature.table}' of {self.rows} rows; raise tables.{self.feature.table}.rows or use ids: hash"
+            )
+        return values

@@ -1,0 +1,28 @@
+"""`torchrun ... -m exfm.trainer CONFIG [--set k=v ...]`: one rank of a job."""
+
+import argparse
+import sys
+
+from exfm.data.errors import UserError
+from exfm.trainer.config import JobConfig, load_config
+from exfm.trainer.env import rank_env
+from exfm.trainer.run import WRONG_INPUT, rank_main
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m exfm.trainer", description="one rank of a job; start it with torchrun"
+    )
+    parser.add_argument("config")
+    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="SECTION.KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.sets, JobConfig)
+    except UserError as error:
+        print(f"exfm: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    return rank_main(config, rank_env())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""From a configuration to a sharded, wrapped, optimised model on this rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.comm_ops import get_gradient_division
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from exfm.data.hashing import salt_of
+from exfm.distillation.heads import DistillationHeads
+from exfm.embeddings.tables import build_collection, fill_initial, pooled_features
+from exfm.models.build import build_backbone
+from exfm.models.heads import Head
+from exfm.models.interface import InputSpec
+from exfm.sharding.planner import TableSharder, describe, plan_tables
+from exfm.sharding.shards import Shard, local_shards
+from exfm.trainer.config import JobConfig
+from exfm.trainer.env import RankEnv
+from exfm.trainer.objective import Adapter, Objective, Served, TrainModule
+from exfm.trainer.optim import Optimizers
+
+T = TypeVar("T")
+
+
+@dataclass
+class Built:
+    """The parts of a job's model that the loop and the checkpoints need; dense modules are the unwrapped ones."""
+
+    model: nn.Module
+    served: Served
+    heads: DistillationHeads | None
+    adapter: Adapter | None
+    optimizers: Optimizers
+    shards: list[Shard]
+    plan: list[dict[str, Any]]
+
+    @property
+    def dense_modules(self) -> dict[str, nn.Module]:
+        """Name -> module of every dense part, in canonical naming."""
+        named = {"served": self.served, "heads": self.heads, "adapter": self.adapter}
+        return {name: module for name, module in named.items() if module is not None}
+
+
+def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
+    """Build, plan, shard and wrap. Needs an initialised process group. UserError where no plan is possible."""
+    served, heads, adapter = build_dense(config, device)
+    module = TrainModule(
+        build_collection(config.features, config.tables, weighted=False),
+        build_collection(config.features, config.tables, weighted=True),
+        Objective(served, heads, adapter, config.distillation.learn),
+        tuple(f.name for f in config.features.sparse),
+    )
+    # set before sharding: FBGEMM takes the optimiser into its backward kernel
+    for collection in (module.tables, module.weighted):
+        if collection is not None:
+            kwargs = {"lr": config.optim.tables.lr, "eps": config.optim.tables.eps}
+            apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), kwargs)
+    plan = make_plan(module, config, env, device)
+    assert get_gradient_division(), "TorchRec must divide embedding gradients by the world size"
+    pg = dist.group.WORLD
+    assert pg is not None
+    model = DistributedModelParallel(
+        module,
+        env=ShardingEnv.from_process_group(pg),
+        device=device,
+        plan=plan,
+        sharders=[TableSharder()],  # type: ignore[list-item]
+        init_data_parallel=False,
+    )
+    shards = list(local_shards(model))
+    for shard in shards:
+        fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
+    # the dense engine comes after the tables are sharded: it must not see their parameters
+    wrap = DENSE_ENGINES[config.dense_engine.kind]
+    module.objective.served = wrap(served, device)
+    groups: list[nn.Module] = [served]
+    if heads is not None:
+        module.objective.heads = wrap(heads, device)
+        groups.append(heads)
+    optimizers = Optimizers(config.optim, groups, shards)
+    return Built(model, served, heads, adapter, optimizers, shards, describe(plan))
+
+
+def build_dense(config: JobConfig, device: torch.device) -> tuple[Served, DistillationHeads | None, Adapter | None]:
+    """Dense modules, each from its own random stream: what one has does not change how another starts."""
+    inputs = InputSpec(len(config.features.dense), pooled_features(config.features, config.tables))
+    num_tasks = len(config.heads.tasks)
+
+    def make_served() -> Served:
+        backbone = build_backbone(config.model, inputs)
+        return Served(backbone, Head(backbone.out_width, config.heads.hidden, num_tasks))
+
+    served = _seeded(make_served, config.run.seed, "served").to(device)
+    learn = config.distillation.learn
+    heads = adapter = None
+    if learn is not None and learn.method != "single_head":
+        width = served.backbone.out_width
+        heads = _seeded(lambda: DistillationHeads(learn, width, num_tasks), config.run.seed, "heads").to(device)
+        if learn.method == "student_adapter":
+            adapter = _seeded(lambda: Adapter(learn, num_tasks), config.run.seed, "adapter").to(device)
+            adapter.make_optimizer(learn.adapter.lr)
+    return served, heads, adapter
+
+
+def _seeded(make: Callable[[], T], *names: Any) -> T:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(salt_of(*names))
+        return make()
+
+
+def make_plan(module: nn.Module, config: JobConfig, env: RankEnv, device: torch.device) -> Any:
+    """The sharding plan, computed by every rank alone (so nobody waits in a collective) and checked to be the same."""
+    local_batch = -(-config.stream.global_batch // env.world_size)
+    plan = plan_tables(module, config.sharding, device.type, env.world_size, env.local_world_size, local_batch)
+    mine = salt_of(str(describe(plan)))
+    same = torch.tensor([mine, -mine], dtype=torch.int64)
+    dist.all_reduce(same, op=dist.ReduceOp.MAX)
+    assert same[0] == -same[1] == mine, "ranks made different sharding plans"
+    return plan
+
+
+def _ddp(module: nn.Module, device: torch.device) -> nn.Module:
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+DENSE_ENGINES: dict[str, Callable[[nn.Module, torch.device], nn.Module]] = {"ddp": _ddp}

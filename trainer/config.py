@@ -1,0 +1,212 @@
+"""A job's configuration: one YAML file, checked before any rank starts."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exfm.data.errors import UserError
+from exfm.data.manifest import Stream
+from exfm.data.reader import StreamConfig
+from exfm.distillation.config import DistillationConfig
+from exfm.embeddings.config import FeaturesConfig, TableConfig, check_features
+from exfm.embeddings.ids import sparse_inputs
+from exfm.models.config import ModelConfig
+from exfm.sharding.config import ShardingConfig
+from exfm.trainer.env import DeviceChoice
+from exfm.trainer.optim import OptimConfig
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class RunConfig(BaseModel):
+    """Section `run`. folder: everything the job writes. pipeline: TorchRec's TrainPipelineBase or TrainPipelineSparseDist."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    folder: str
+    seed: int = 0
+    device: DeviceChoice = "auto"
+    pipeline: Literal["base", "sparse_dist"] = "base"
+    threads_per_rank: int = Field(1, gt=0)
+    log_every_s: float = Field(5.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, description="of every collective")
+    nan_check_steps: int = Field(
+        16, gt=0, description="a non-finite loss is noticed at most twice this many steps late"
+    )
+    max_restores: int = Field(1, ge=0, description="restores of the last commit after a non-finite loss, then exit 1")
+
+
+class HeadsConfig(BaseModel):
+    """Section `heads`: the served head. tasks: label columns in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    hidden: tuple[int, ...] = ()
+
+
+class DenseEngineConfig(BaseModel):
+    """Section `dense_engine`: how the dense part is kept equal over ranks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["ddp"] = "ddp"
+
+
+class CheckpointConfig(BaseModel):
+    """Section `checkpoint`. One is committed at every `every_slices`-th slice end, at the end, and inside slices every
+    `every_examples` examples (0: never). keep: newest ones kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    every_slices: int = Field(1, gt=0)
+    every_examples: int = Field(0, ge=0)
+    keep: int = Field(2, gt=0)
+
+
+class EvaluationConfig(BaseModel):
+    """Section `evaluation`: progressive, from the forward pass before each update. skip: first share of slices left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    skip: float = Field(0.2, ge=0, lt=1)
+    bootstrap: int = Field(200, ge=0, description="Poisson bootstrap replicates; 0 for none")
+
+
+class JobConfig(BaseModel):
+    """One job: teacher or student."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    run: RunConfig
+    stream: StreamConfig
+    features: FeaturesConfig
+    tables: dict[str, TableConfig]
+    model: ModelConfig
+    heads: HeadsConfig
+    optim: OptimConfig = OptimConfig()
+    dense_engine: DenseEngineConfig = DenseEngineConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal to continue a checkpoint: all that decides weights, nothing about where or how fast."""
+        keep = self.model_dump(mode="json", include={"features", "tables", "model", "heads", "optim", "distillation"})
+        keep["run"] = {"seed": self.run.seed}
+        keep["stream"] = self.stream.model_dump(
+            mode="json", include={"first", "global_batch", "shuffle_window", "domains", "domain"}
+        )
+        if keep["distillation"]["learn"]:
+            for free in ("supervision", "wait_s", "on_missing"):
+                del keep["distillation"]["learn"][free]
+        return keep
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path, sets: list[str], kind: type[M]) -> M:
+    """Read a YAML file, apply `a.b=c` overrides and check it. UserError names the key, its value and what is allowed."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist; see configs/ for examples") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path} is not a mapping of sections; see configs/ for examples")
+    for item in sets:
+        _set(raw, item)
+    return parse_config(raw, str(path), kind)
+
+
+def parse_config(raw: dict[str, Any], where: str, kind: type[M]) -> M:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e, kind) for e in error.errors()]
+        raise UserError(f"config {where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def _set(raw: dict[str, Any], item: str) -> None:
+    key, sign, value = item.partition("=")
+    if not sign:
+        raise UserError(f"--set {item} is not of the form section.key=value")
+    *path, last = key.split(".")
+    node = raw
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {item}: '{part}' is not a section")
+    node[last] = yaml.safe_load(value)
+
+
+def _explain(error: Any, kind: type[BaseModel]) -> str:
+    """One line for one pydantic error: key, value, what is allowed, nearest right spelling."""
+    # pydantic puts the tag of a union into the path; it is no key of the file
+    key = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(kind, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(allowed)}" if allowed else ""
+        return f"unknown key '{key}'{hint}"
+    if error["type"] == "missing":
+        return f"key '{key}' is missing"
+    return f"'{key}' is {error.get('input')!r}: {error['msg']}"
+
+
+def _fields_at(kind: Any, loc: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the model at a location of a config."""
+    kinds = [k for k in _models(kind)]
+    for part in loc:
+        found: list[Any] = []
+        for k in kinds:
+            if part in k.model_fields:
+                found += _models(k.model_fields[part].annotation)
+            elif isinstance(part, int) or part not in {f for m in kinds for f in m.model_fields}:
+                found.append(k)  # an index, a name of a dict or a union's tag
+        kinds = found
+    return sorted({f for k in kinds for f in k.model_fields})
+
+
+def _models(kind: Any) -> list[Any]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [m for arg in get_args(kind) for m in _models(arg)]
+
+
+def check_against_stream(config: JobConfig, stream: Stream) -> None:
+    """UserError for columns, tasks or domains that the stream lacks; before any rank starts."""
+    check_features(config.features, config.tables)
+    schema = stream.schema
+    sparse_inputs(config.features, config.tables, schema)
+    if missing := [d.name for d in config.features.dense if d.name not in schema.dense]:
+        raise UserError(
+            f"stream '{schema.name}' has no dense column(s) {', '.join(missing)}; it has {', '.join(schema.dense)}"
+        )
+    if missing := [t for t in config.heads.tasks if t not in schema.labels]:
+        raise UserError(
+            f"stream '{schema.name}' has no label(s) {', '.join(missing)}; it has {', '.join(schema.labels)}"
+        )
+    for domain in config.stream.domains:
+        if schema.sparse_column(domain.column).list:
+            raise UserError(
+                f"domain '{domain.name}' is cut by '{domain.column}', a list column; use a column with one id"
+            )
+    config.stream.own_domain()
+    if config.distillation.publish and config.stream.shuffle_window > 1:
+        raise UserError(
+            f"stream.shuffle_window is {config.stream.shuffle_window} and the teacher publishes its forward pass: an example "
+            "would be scored after later ones were learned; set stream.shuffle_window: 0"
+        )
+
+
+def check_ranks(config: JobConfig, world_size: int) -> None:
+    """UserError for more ranks than a global batch has examples."""
+    if world_size > config.stream.global_batch:
+        raise UserError(
+            f"{world_size} ranks share a global batch of {config.stream.global_batch} examples; use at most "
+            f"{config.stream.global_batch} ranks or raise stream.global_batch"
+        )

@@ -1,0 +1,55 @@
+"""What a job says while it runs: metrics.jsonl, TensorBoard and one line per interval. Only rank 0 speaks."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """Writes <run>/metrics.jsonl, <run>/tensorboard and lines to stderr; silent on other ranks."""
+
+    def __init__(self, folder: Path, name: str, speaks: bool, every_s: float) -> None:
+        self.name, self.speaks, self.every_s = name, speaks, every_s
+        self.last = self.begun = time.monotonic()
+        if speaks:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One JSON line; its numbers also go to TensorBoard under `kind/`."""
+        if not self.speaks:
+            return
+        self.file.write(json.dumps({"kind": kind, "time": time.time(), "step": step, **values}) + "\n")
+        for key, value in _flat(values):
+            self.board.add_scalar(f"{kind}/{key}", value, step)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
+
+    def due(self) -> bool:
+        """True once per interval."""
+        if not self.speaks or time.monotonic() - self.last < self.every_s:
+            return False
+        self.last = time.monotonic()
+        return True
+
+    def close(self) -> None:
+        if self.speaks:
+            self.file.close()
+            self.board.close()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            out.append((prefix + key, float(value)))
+    return out

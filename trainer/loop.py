@@ -1,0 +1,316 @@
+"""The one training loop, for teacher and student: build, restore, for each slice train, evaluate, publish, commit."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from exfm.checkpoints.store import committed, load, load_partials, save
+from exfm.data.columns import BatchColumns
+from exfm.data.commit import commit_json, open_folder
+from exfm.data.hashing import id_sum
+from exfm.data.manifest import SliceManifest, Stream, open_stream
+from exfm.data.reader import SliceReader, ahead, open_slice, slices_of
+from exfm.data.source import AlignedFiles
+from exfm.distillation.supervision import SupervisionLog, genesis, logit_column
+from exfm.embeddings.ids import sparse_inputs
+from exfm.sharding.planner import plan_table
+from exfm.trainer.build import build
+from exfm.trainer.config import JobConfig
+from exfm.trainer.env import RankEnv
+from exfm.trainer.ledger import Entry, read_ledger, write_ledger
+from exfm.trainer.log import RunLog
+from exfm.trainer.metrics import Metrics, Predictions
+from exfm.trainer.publish import Publisher
+from exfm.trainer.state import canonical_state, check_identity, random_state, restore_random
+from exfm.trainer.steps import Feed, HostCopies, Pipeline
+from exfm.trainer.summary import slice_line, write_summary
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; tables have changed since, so only the last commit is good."""
+
+
+@dataclass
+class Progress:
+    """Where the job is: next position (slice, consumed), steps done, teacher version, examples with supervision."""
+
+    slice: int
+    consumed: int
+    step: int
+    version: str
+    covered: int
+    examples: int
+    seconds: float
+
+
+class Job:
+    """One attempt of a job on this rank."""
+
+    def __init__(self, config: JobConfig, env: RankEnv, device: torch.device, should_stop: Callable[[], bool]) -> None:
+        self.config, self.env, self.device, self.should_stop = config, env, device, should_stop
+        self.folder = Path(config.run.folder)
+        self.stream: Stream = open_stream(config.stream.path)
+        self.slices = slices_of(self.stream, config.stream)
+        self.first_evaluated = self.slices.start + int(np.ceil(config.evaluation.skip * len(self.slices)))
+        self.columns = batch_columns(config, self.stream)
+        self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
+        self.built = build(config, env, device)
+        self.state = canonical_state(self.built, config, device)
+        self.pipeline = Pipeline(config.run.pipeline, self.built, device)
+        self.copies = HostCopies(device)
+        self.metrics = self._new_metrics()
+        self.entries: list[Entry] = []
+        self.ledger_fs, root = open_folder(self.folder)
+        self.ledger_path = f"{root}/ledger.parquet"
+        self.progress = Progress(self.slices.start, 0, 0, genesis(config.digest()), 0, 0, 0.0)
+        self.publisher = self._publisher()
+        self.learned_ids = 0
+        self.bad = False
+        self.begun = time.monotonic()
+
+    def _new_metrics(self) -> Metrics:
+        return Metrics(len(self.config.stream.domains), len(self.config.heads.tasks), self.config.evaluation.bootstrap)
+
+    def _publisher(self) -> Publisher | None:
+        publish = self.config.distillation.publish
+        if publish is None:
+            return None
+        log = SupervisionLog(str(self.folder / "supervision" / publish.teacher))
+        return Publisher(log, publish.teacher, self.config.heads.tasks, self.config.digest(), self.stream)
+
+    # ---------------------------------------------------------------- training
+
+    def train(self) -> bool:
+        """Train to the end; False if it stopped early with everything committed."""
+        self._announce()
+        while self.progress.slice < self.slices.stop:
+            reader = self.open(self.progress.slice)
+            while self.progress.consumed < reader.examples:
+                self._segment(reader)
+                finished = self.progress.consumed >= reader.examples
+                stopping = self._agree()
+                if finished:
+                    break
+                self.commit()
+                if stopping:
+                    return False
+            self._end_slice()
+            done = self.progress.slice - self.slices.start
+            last = self.progress.slice == self.slices.stop
+            stopping = self._agree()
+            if last or stopping or done % self.config.checkpoint.every_slices == 0:
+                self.commit()
+            if stopping and not last:
+                return False
+        write_summary(self)
+        return True
+
+    def open(self, index: int) -> SliceReader:
+        """This rank's reader of a slice, with supervision beside it where the job learns from a teacher."""
+        learn = self.config.distillation.learn
+        args = (
+            self.stream,
+            self.config.stream,
+            self.columns,
+            index,
+            self.config.run.seed,
+            self.env.rank,
+            self.env.world_size,
+        )
+        if learn is None:
+            return open_slice(*args)
+        log = SupervisionLog(learn.supervision)
+        # rank 0 waits and decides, so that all ranks agree whether the slice is supervised
+        found = [log.wait(index, learn.wait_s) is not None] if self.env.rank == 0 else [False]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0] and learn.on_missing == "label_only":
+            self.log.say(f"slice {index}: no supervision after {learn.wait_s:g} s, learning from labels only")
+            return open_slice(*args)
+
+        def sidecar(features: SliceManifest) -> AlignedFiles:
+            return log.open_checked(self.stream, features, self.config.heads.tasks)
+
+        return open_slice(*args, sidecar=sidecar)
+
+    def _segment(self, reader: SliceReader) -> None:
+        """Train from the present position to the next commit point; the pipeline is empty afterwards."""
+        start = self.progress.consumed
+        every = self.config.checkpoint.every_examples
+        # commit points inside a slice lie on whole global batches
+        length = -(-every // reader.global_batch) * reader.global_batch if every else reader.examples
+        stop = min(start + length, reader.examples)
+        feed = Feed(self._batches(reader, start, stop))
+        self.learned_ids, steps, check = 0, 0, None
+        try:
+            for batch, output in self.pipeline.run(feed):
+                self.copies.put(batch, output)
+                self._consume(drain=False)
+                self.progress.step += 1
+                steps += 1
+                self.progress.consumed = min(start + steps * reader.global_batch, stop)
+                self._line(reader)
+                if steps % self.config.run.nan_check_steps == 0:
+                    if check is not None and self._read(*check):
+                        feed.ended = True
+                    check = self._flags()
+            self._consume(drain=True)
+        finally:
+            feed.close()
+        self._enter(start)
+
+    def _batches(self, reader: SliceReader, start: int, stop: int) -> Any:
+        batches = reader.batches(start, stop)
+        if self.device.type == "cuda":
+            batches = (b.pin_memory() for b in batches)
+        depth = self.config.stream.prefetch
+        return ahead(batches, depth) if depth else batches
+
+    def _consume(self, drain: bool) -> None:
+        """Count scored examples: metrics, supervision to publish, ids learned."""
+        for batch, logits, loss in self.copies.ready(drain):
+            self.bad |= not np.isfinite(loss)
+            real = batch.ids.numpy() >= 0
+            ids = batch.ids.numpy()[real]
+            predictions = Predictions(
+                logits.numpy()[real],
+                batch.labels.numpy()[real],
+                batch.weights.numpy()[real],
+                batch.domain.numpy()[real],
+                batch.users.numpy()[real],
+            )
+            self.metrics.add(predictions, self.progress.slice >= self.first_evaluated)
+            self.learned_ids = (self.learned_ids + id_sum(ids)) % 2**64
+            self.progress.examples += len(ids)
+            if batch.supervision_mask is not None:
+                self.progress.covered += int(batch.supervision_mask.numpy()[real].all(axis=1).sum())
+            if self.publisher is not None:
+                self.publisher.add(batch.rows.numpy()[real], predictions.logits.copy())
+
+    def _flags(self) -> tuple[torch.Tensor, Any]:
+        """Start agreeing over ranks on (loss not finite, stop asked for)."""
+        flags = torch.tensor([float(self.bad), float(self.should_stop())])
+        return flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
+
+    def _read(self, flags: torch.Tensor, work: Any) -> bool:
+        """Whether to stop. NonFiniteLoss where any rank's loss was not finite."""
+        work.wait()
+        if flags[0] > 0:
+            raise NonFiniteLoss(
+                f"the loss became NaN or infinite in slice {self.progress.slice} before example {self.progress.consumed}"
+            )
+        return bool(flags[1] > 0)
+
+    def _agree(self) -> bool:
+        return self._read(*self._flags())
+
+    # ---------------------------------------------------------------- commit points
+
+    def _enter(self, start: int) -> None:
+        """Add the segment that just ended to the ledger."""
+        # int64 wraps as the uint64 sum does
+        total = torch.from_numpy(np.array([self.learned_ids], np.uint64).view(np.int64))
+        dist.all_reduce(total)
+        learned = int(total.numpy().view(np.uint64)[0])
+        p = self.progress
+        self.entries.append(Entry(p.slice, start, p.consumed, learned, self.env.world_size, self.env.attempt))
+
+    def _end_slice(self) -> None:
+        slice_line(self)
+        self.metrics.slice[:] = 0
+        if self.publisher is not None:
+            self.progress.version = self.publisher.publish(self.progress.slice, self.progress.version)
+        self.progress.slice, self.progress.consumed = self.progress.slice + 1, 0
+
+    def commit(self) -> None:
+        """Ledger first, then the checkpoint whose manifest says how much of the ledger counts."""
+        if self.env.rank == 0:
+            write_ledger(self.ledger_fs, self.ledger_path, self.entries)
+        p = self.progress
+        p.seconds += time.monotonic() - self.begun
+        self.begun = time.monotonic()
+        partials = {f"metrics/{k}": v for k, v in self.metrics.state().items()} | random_state(self.device)
+        counts = {"progress/covered": np.array(p.covered), "progress/examples": np.array(p.examples)}
+        if self.publisher is not None:
+            partials |= {f"publish/{k}": v for k, v in self.publisher.state().items()}
+        manifest = {
+            "identity": self.config.identity(),
+            "config": self.config.model_dump(mode="json"),
+            "plan": self.built.plan,
+            "position": {"slice": p.slice, "consumed": p.consumed},
+            "version": p.version,
+            "optimizer_steps": self.built.optimizers.steps,
+            "ledger_entries": len(self.entries),
+            "seconds": p.seconds,
+        }
+        save(self.folder / "checkpoints", p.step, self.state, partials | counts, manifest, self.config.checkpoint.keep)
+
+    def restore(self) -> bool:
+        """Continue from the newest commit; False if there is none. UserError for a checkpoint of another config."""
+        found = committed(self.folder / "checkpoints")
+        if not found:
+            return False
+        newest = found[-1]
+        check_identity(newest, self.config)
+        load(newest, self.state)
+        m, p = newest.manifest, self.progress
+        p.slice, p.consumed, p.step = m["position"]["slice"], m["position"]["consumed"], newest.step
+        p.version, p.seconds = m["version"], m["seconds"]
+        self.built.optimizers.steps = m["optimizer_steps"]
+        self.entries = read_ledger(self.ledger_fs, self.ledger_path)[: m["ledger_entries"]]
+        share = load_partials(newest)
+        for partial in share:
+            self.metrics.merge({k: partial[f"metrics/{k}"] for k in self.metrics.state()})
+            p.covered += int(partial["progress/covered"])
+            p.examples += int(partial["progress/examples"])
+            if self.publisher is not None:
+                self.publisher.add(partial["publish/rows"], partial["publish/logits"])
+        if m["world_size"] == self.env.world_size:
+            restore_random(share[0], self.device)
+        self.log.say(f"resumed from {newest.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
+        return True
+
+    # ---------------------------------------------------------------- talk
+
+    def _announce(self) -> None:
+        size = self.built.served.size()
+        rows = sum(t.rows * t.width for t in self.config.tables.values())
+        if self.env.rank == 0:
+            commit_json(self.ledger_fs, str((self.folder / "plan.json").absolute()), self.built.plan)
+        self.log.say(
+            f"{self.env.world_size} rank(s) on {self.device.type}, pipeline {type_name(self.config.run.pipeline)}, dense engine "
+            f"{self.config.dense_engine.kind}; {rows:,} table and {size.num_parameters:,} dense parameters, "
+            f"{size.flops_per_example:,} FLOP per example forward"
+        )
+        for line in plan_table(self.built.plan, self.config.tables):
+            self.log.say(line)
+
+    def _line(self, reader: SliceReader) -> None:
+        if self.log.due():
+            slice_line(self, reader)
+
+
+def type_name(pipeline: str) -> str:
+    return {"base": "TrainPipelineBase", "sparse_dist": "TrainPipelineSparseDist"}[pipeline]
+
+
+def batch_columns(config: JobConfig, stream: Stream) -> BatchColumns:
+    """What the job reads of every example."""
+    learn = config.distillation.learn
+    supervision: tuple[tuple[str, ...], ...] = ()
+    if learn is not None:
+        teacher = learn.supervision.rstrip("/").rsplit("/", 1)[-1]
+        supervision = (tuple(logit_column(teacher, t) for t in config.heads.tasks),)
+    return BatchColumns(
+        schema=stream.schema,
+        dense=tuple((d.name, d.log1p) for d in config.features.dense),
+        sparse=sparse_inputs(config.features, config.tables, stream.schema),
+        labels=config.heads.tasks,
+        domains=config.stream.domains,
+        supervision=supervision,
+    )

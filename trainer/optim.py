@@ -1,0 +1,109 @@
+"""Section `optim` and the optimisers: every parameter has exactly one.
+
+Sharded tables: row-wise Adagrad fused into backward by FBGEMM. Data-parallel tables: the same rule as a dense optimiser,
+because TorchRec drops the fused one there without a word. Dense part: Adam or AdamW with linear warm-up and clipping.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from exfm.sharding.shards import Shard
+
+
+class DenseOptimConfig(BaseModel):
+    """warmup_steps: the learning rate rises linearly from lr / warmup_steps. clip_norm: 0 does not clip."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: float = Field(0.001, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float = Field(0.0, ge=0)
+
+
+class TableOptimConfig(BaseModel):
+    """Row-wise Adagrad: G += mean(g^2) per row, w -= lr g / (sqrt(G) + eps)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    lr: float = Field(0.1, gt=0)
+    eps: float = Field(1e-8, gt=0)
+
+
+class OptimConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dense: DenseOptimConfig = DenseOptimConfig()
+    tables: TableOptimConfig = TableOptimConfig()
+
+
+class Optimizers:
+    """What the train pipeline steps after backward.
+
+    groups: dense modules, each clipped by its own norm, so that distillation heads cannot disturb the served model.
+    shards: local table shards; those of data-parallel tables are stepped here.
+    """
+
+    def __init__(self, config: OptimConfig, groups: Sequence[nn.Module], shards: Sequence[Shard]) -> None:
+        self.config = config
+        kind = torch.optim.AdamW if config.dense.kind == "adamw" else torch.optim.Adam
+        self.groups = [list(g.parameters()) for g in groups]
+        d = config.dense
+        self.dense = [
+            kind(parameters, lr=d.lr, betas=d.betas, eps=d.eps, weight_decay=d.weight_decay)
+            for parameters in self.groups
+        ]
+        self.table_parameters = [s.parameter for s in shards if s.parameter is not None]
+        self.tables = (
+            RowWiseAdagrad(self.table_parameters, lr=config.tables.lr, eps=config.tables.eps)
+            if self.table_parameters
+            else None
+        )
+        self.steps = 0
+
+    @property
+    def lr(self) -> float:
+        """Dense learning rate of the next step."""
+        d = self.config.dense
+        return d.lr * min(1.0, (self.steps + 1) / d.warmup_steps) if d.warmup_steps else d.lr
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self._all():
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        for parameters, optimizer in zip(self.groups, self.dense, strict=True):
+            if self.config.dense.clip_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.dense.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
+        if self.tables is not None:
+            self.tables.step()
+        self.steps += 1
+
+    def _all(self) -> list[torch.optim.Optimizer]:
+        return [*self.dense, *([self.tables] if self.tables else [])]
+
+    def accumulator(self, parameter: nn.Parameter) -> Tensor:
+        """Row-wise Adagrad state [rows] of a data-parallel table, a live view."""
+        assert self.tables is not None
+        return self.tables.state[parameter]["sum"].view(-1)
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[dict[str, Tensor]]:
+    """Live Adam state (step, exp_avg, exp_avg_sq) of each parameter; made, as the first step would, where it is missing."""
+    states: list[dict[str, Tensor]] = []
+    for parameter in parameters:
+        state: dict[str, Any] = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states.append(state)
+    return states

@@ -1,0 +1,61 @@
+"""What a checkpoint of a job holds, and putting it back."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exfm.checkpoints.canonical import adam_state, dense_state, table_state
+from exfm.checkpoints.store import Committed, Partials
+from exfm.data.errors import UserError
+from exfm.trainer.build import Built
+from exfm.trainer.config import JobConfig
+from exfm.trainer.optim import adam_state as state_of_adam
+
+
+def canonical_state(built: Built, config: JobConfig, device: torch.device) -> dict[str, Tensor]:
+    """Live views of everything trained, under canonical names."""
+    shapes = {name: (t.rows, t.width) for name, t in config.tables.items()}
+    tables = table_state(built.shards, built.plan, shapes, built.optimizers.accumulator, device.type)
+    owner: dict[int, torch.optim.Optimizer] = {
+        id(p): o for o in built.optimizers.dense for g in o.param_groups for p in g["params"]
+    }
+    if built.adapter is not None and built.adapter.optimizer is not None:
+        owner |= {id(p): built.adapter.optimizer for p in built.adapter.parameters()}
+
+    def state_of(parameter: nn.Parameter) -> dict[str, Tensor]:
+        return state_of_adam(owner[id(parameter)], [parameter])[0]
+
+    return tables | dense_state(built.dense_modules) | adam_state(built.dense_modules, state_of)
+
+
+def random_state(device: torch.device) -> Partials:
+    """This rank's random states as arrays."""
+    state = {"random/cpu": torch.get_rng_state().numpy()}
+    if device.type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device).numpy()
+    return state
+
+
+def restore_random(state: Partials, device: torch.device) -> None:
+    torch.set_rng_state(torch.from_numpy(np.asarray(state["random/cpu"])))
+    if device.type == "cuda" and "random/cuda" in state:
+        torch.cuda.set_rng_state(torch.from_numpy(np.asarray(state["random/cuda"])), device)
+
+
+def check_identity(found: Committed, config: JobConfig) -> None:
+    """UserError lists the settings in which a checkpoint's job and this one differ."""
+    differing = _differences(found.manifest["identity"], config.identity())
+    if differing:
+        raise UserError(
+            f"checkpoint {found.folder} is of another config; differing keys: {'; '.join(differing)}; restore these values or "
+            f"choose another run.folder than {Path(found.folder).parents[1]}"
+        )
+
+
+def _differences(a: Any, b: Any, key: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted({*a, *b}) for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
+    return [] if a == b else [f"{key} (checkpoint {a!r}, config {b!r})"]

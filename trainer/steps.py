@@ -1,0 +1,102 @@
+"""Stepping a pipeline over one segment of a slice: feeding it, and getting outputs to the host without stalling the GPU."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+
+from exfm.data.batch import Batch
+from exfm.trainer.build import Built
+from exfm.trainer.objective import StepOutput
+
+COPIES_IN_FLIGHT = 2
+
+
+class Feed(Iterator[Batch]):
+    """Hands batches to a pipeline, keeps those in flight, and can be ended early: the pipeline then drains."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.in_flight: deque[Batch] = deque()
+        self.ended = False
+
+    def __next__(self) -> Batch:
+        if self.ended:
+            raise StopIteration
+        batch = next(self.batches)
+        self.in_flight.append(batch)
+        return batch
+
+    def close(self) -> None:
+        close = getattr(self.batches, "close", None)
+        if close:
+            close()
+
+
+class Pipeline:
+    """TorchRec's train pipeline by name; one call per segment, drained at its end."""
+
+    def __init__(self, kind: str, built: Built, device: torch.device) -> None:
+        self.kind, self.built, self.device = kind, built, device
+        self._sparse: Any = self._make(TrainPipelineSparseDist) if kind == "sparse_dist" else None
+
+    def _make(self, kind: Any) -> Any:
+        return kind(self.built.model, self.built.optimizers, self.device)
+
+    def run(self, feed: Feed) -> Iterator[tuple[Batch, StepOutput]]:
+        """(batch on the host, output) of every step until the feed ends."""
+        pipeline = self._sparse or self._make(TrainPipelineBase)
+        batches = iter(feed)
+        while True:
+            try:
+                output = pipeline.progress(batches)
+            except StopIteration:
+                return
+            yield feed.in_flight.popleft(), output
+
+
+@dataclass
+class _Copy:
+    batch: Batch
+    logits: Tensor
+    loss: Tensor
+    event: Any
+
+
+class HostCopies:
+    """Outputs on their way to the host: pinned copies on a side stream, read some steps later; on CPU at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.waiting: deque[_Copy] = deque()
+
+    def put(self, batch: Batch, output: StepOutput) -> None:
+        if not self.cuda:
+            self.waiting.append(_Copy(batch, output.logits, output.loss, None))
+            return
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            logits = torch.empty(output.logits.shape, dtype=output.logits.dtype, pin_memory=True)
+            loss = torch.empty(output.loss.shape, dtype=output.loss.dtype, pin_memory=True)
+            logits.copy_(output.logits, non_blocking=True)
+            loss.copy_(output.loss, non_blocking=True)
+            output.logits.record_stream(self.stream)
+            output.loss.record_stream(self.stream)
+            event = torch.cuda.Event()
+            event.record(self.stream)
+        self.waiting.append(_Copy(batch, logits, loss, event))
+
+    def ready(self, drain: bool = False) -> Iterator[tuple[Batch, Tensor, float]]:
+        """(batch, logits [b, t], loss) of outputs old enough not to wait for, or of all."""
+        keep = 0 if drain or not self.cuda else COPIES_IN_FLIGHT
+        while len(self.waiting) > keep:
+            copy = self.waiting.popleft()
+            if copy.event is not None:
+                copy.event.synchronize()
+            yield copy.batch, copy.logits, float(copy.loss)

@@ -1,0 +1,106 @@
+"""Lines and summaries of a job: merged over ranks, written by rank 0."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from exfm.data.commit import commit_json
+from exfm.data.reader import SliceReader
+from exfm.trainer.metrics import auc, replicate_ne, summarise
+
+if TYPE_CHECKING:
+    from exfm.trainer.loop import Job
+
+
+def _merged(array: np.ndarray) -> np.ndarray:
+    total = torch.from_numpy(array.copy())
+    dist.all_reduce(total)
+    return total.numpy()
+
+
+def _groups(job: "Job") -> list[str]:
+    return ["all", *(d.name for d in job.config.stream.domains)]
+
+
+def _by_group(job: "Job", sums: np.ndarray) -> dict[str, dict[str, Any]]:
+    return {
+        group: {task: summarise(sums[g, t]) for t, task in enumerate(job.config.heads.tasks)}
+        for g, group in enumerate(_groups(job))
+    }
+
+
+def slice_line(job: "Job", reader: SliceReader | None = None) -> None:
+    """At a slice's end (all ranks call) the merged metrics; inside one (`reader` given) this rank's own, as progress."""
+    p = job.progress
+    ended = reader is None
+    own = job.metrics.slice.copy()
+    sums = _merged(own) if ended else own
+    num_slices = len(job.slices)
+    inside = 1.0 if ended else p.consumed / reader.examples  # type: ignore[union-attr]
+    share = (p.slice - job.slices.start + inside) / num_slices
+    seconds = p.seconds + time.monotonic() - job.begun
+    total = job.metrics.total if job.metrics.total[0, 0, 0] else own
+    so_far = summarise(total[0, 0])["ne"]
+    values: dict[str, Any] = {
+        "slice": p.slice,
+        "slices": num_slices,
+        "share": share,
+        "examples": p.examples * job.env.world_size,
+        "examples_per_s": p.examples * job.env.world_size / max(seconds, 1e-9),
+        "ne_so_far": so_far,
+        "seconds_left": seconds * (1 - share) / max(share, 1e-9),
+        "lr": job.built.optimizers.lr,
+    }
+    if ended:
+        values["metrics"] = _by_group(job, sums)
+    job.log.record("slice" if ended else "progress", p.step, values)
+    if not ended or job.log.due():
+        job.log.say(
+            f"slice {p.slice - job.slices.start + 1}/{num_slices}  {values['examples']:,} examples  "
+            f"{values['examples_per_s']:,.0f}/s  NE so far {so_far:.4f}  {values['seconds_left']:.0f} s left"
+        )
+
+
+def write_summary(job: "Job") -> None:
+    """summary.json and bootstrap.npz (NE replicates by group and task) of the evaluated slices; all ranks call."""
+    p = job.progress
+    total, histogram = _merged(job.metrics.total), _merged(job.metrics.histogram)
+    replicates = _merged(job.metrics.replicates)
+    counts = _merged(np.array([p.examples, p.covered], np.int64))
+    groups = _by_group(job, total)
+    for g, group in enumerate(_groups(job)):
+        for t, task in enumerate(job.config.heads.tasks):
+            groups[group][task]["auc"] = auc(histogram[g, t])
+    size = job.built.served.size()
+    if job.env.rank != 0:
+        return
+    fs, root = job.ledger_fs, job.ledger_path.rsplit("/", 1)[0]
+    seconds = p.seconds + time.monotonic() - job.begun
+    summary = {
+        "name": job.config.run.name,
+        "stream": job.stream.root,
+        "slices": [job.slices.start, job.slices.stop],
+        "evaluated_from": job.first_evaluated,
+        "examples": int(counts[0]),
+        "covered": int(counts[1]),
+        "seconds": seconds,
+        "examples_per_s": float(counts[0] / max(seconds, 1e-9)),
+        "world_size": job.env.world_size,
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "dense_parameters": size.num_parameters,
+        "flops_per_example": size.flops_per_example,
+        "table_parameters": sum(t.rows * t.width for t in job.config.tables.values()),
+        "groups": groups,
+    }
+    ne: dict[str, Any] = {
+        f"{group}/{task}": replicate_ne(replicates[:, g, t])
+        for g, group in enumerate(_groups(job))
+        for t, task in enumerate(job.config.heads.tasks)
+    }
+    np.savez(f"{root}/bootstrap.npz", **ne)
+    commit_json(fs, f"{root}/summary.json", summary)
+    main = groups["all"][job.config.heads.tasks[0]]
+    job.log.say(f"done: {int(counts[0]):,} examples, NE {main['ne']:.4f}, AUC {main['auc']:.4f}, {seconds:.0f} s")
