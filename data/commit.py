@@ -65,7 +65,8 @@ def read_json(fs: Filesystem, path: str) -> Any:
 def open_parquet(fs: Filesystem, path: str) -> pq.ParquetFile:
     """Open a Parquet file. UserError names a file that is missing, truncated or no Parquet at all."""
     try:
-        return pq.ParquetFile(path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb"))
+        source = path if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
+        return pq.ParquetFile(source, page_checksum_verification=True)
     except FileNotFoundError:
         raise UserError(f"{path} is named by its manifest but does not exist; prepare the slice again") from None
     except (OSError, ValueError) as error:

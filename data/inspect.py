@@ -180,13 +180,13 @@ def render(found: dict[str, Any]) -> Group:
         times = [_time(s.get("t0")), _time(s.get("t1"))]
         slices.add_row(str(s["slice"]), s["state"], f"{s['rows']:,}", *times, *(_number(r) for r in rates))
     ids = _table("ids", "column", "type", "nulls", "distinct", "mean length")
-    numbers = _table("numbers", "column", "type", "nulls", "nans", "mean", "std", "min", "max")
+    numbers = _table("numbers", "column", "nulls", "nans", "mean", "std", "min", "max")
     for name, c in found["features"].items():
         if "distinct" in c:
             distinct = "~" * (not c["distinct_is_exact"]) + _number(c["distinct"])
             ids.add_row(name, c["type"], _number(c["nulls"]), distinct, _number(c.get("mean_length")))
         else:
-            numbers.add_row(name, *(_number(c[key]) for key in ("type", "nulls", "nans", "mean", "std", "min", "max")))
+            numbers.add_row(name, *(_number(c[key]) for key in ("nulls", "nans", "mean", "std", "min", "max")))
     return Group(slices, ids, numbers)
 
 
@@ -202,7 +202,7 @@ def _number(value: float | str | None) -> str:
         return ""
     if isinstance(value, str):
         return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def _time(seconds: int | None) -> str:

@@ -67,7 +67,7 @@ class SliceReader:
 
     def _batch(self, piece: Piece) -> Batch:
         rows = self.order.rows(piece.start, piece.stop)
-        table = self.source.take(rows) if len(rows) else self.source.group(0).slice(0, 0)
+        table = self.source.take(rows) if len(rows) else self.source.empty()
         return make_batch(
             table, rows, piece.size, self.columns, f"{self.source.files[0].folder} rows {piece.start}..{piece.stop}"
         )

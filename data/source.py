@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +47,7 @@ class SliceSource:
         self.num_rows = int(self.starts[-1])
         self._where = [(p, g) for p, part in enumerate(features.parts) for g in range(len(part.row_groups))]
         self._open: dict[tuple[int, int], pq.ParquetFile] = {}
-        self.group = lru_cache(maxsize=2)(self._group)
+        self._held: tuple[int, pa.Table | None] = (0, None)
 
     @property
     def num_groups(self) -> int:
@@ -74,7 +73,7 @@ class SliceSource:
         kind = self.files.index(files)
         try:
             if (kind, part) not in self._open:
-                self._open[kind, part] = self._checked(files, part)
+                self._open[kind, part] = self._checked(files, part, self.name(files, number))
             table = self._open[kind, part].read_row_group(group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
@@ -86,8 +85,14 @@ class SliceSource:
             )
         return table
 
-    def _checked(self, files: AlignedFiles, part: int) -> pq.ParquetFile:
+    def _checked(self, files: AlignedFiles, part: int, where: str) -> pq.ParquetFile:
         path = f"{files.folder}/{files.manifest.parts[part].path}"
+        wanted_bytes = files.manifest.parts[part].bytes
+        if files.fs.exists(path) and (num_bytes := files.fs.size(path)) != wanted_bytes:
+            raise UserError(
+                f"{where}: the file has {num_bytes} bytes, its manifest says {wanted_bytes}: it is truncated or was "
+                "replaced; prepare the slice again"
+            )
         opened = open_parquet(files.fs, path)
         if files.types is not None:
             check_types(opened.schema_arrow, files.types, path)
@@ -107,19 +112,34 @@ class SliceSource:
             [self.read(self.files[0], g, [name]).column(name).to_numpy() for g in range(self.num_groups)]
         )
 
+    def empty(self) -> pa.Table:
+        """A table without rows that has all wanted columns."""
+        return self._span(0, 0).slice(0, 0)
+
     def take(self, rows: np.ndarray) -> pa.Table:
-        """The given rows (any order) as one table; contiguous rows of one row group are not copied."""
-        groups = np.searchsorted(self.starts, rows, side="right") - 1
-        needed = np.unique(groups)
-        if len(needed) == 1:
-            local = rows - self.starts[needed[0]]
-            table = self.group(int(needed[0]))
-            if (np.diff(local) == 1).all():
-                return table.slice(int(local[0]), len(local))
-            return table.take(pa.array(local))
-        joined = pa.concat_tables([self.group(int(g)) for g in needed]).combine_chunks()
-        offsets = np.concatenate([[0], np.cumsum(np.diff(self.starts)[needed])])
-        local = rows - self.starts[groups] + offsets[np.searchsorted(needed, groups)]
+        """The given rows (some, in any order) as one table; contiguous rows of one row group are not copied."""
+        first, last = (int(np.searchsorted(self.starts, row, side="right")) - 1 for row in (rows.min(), rows.max()))
+        table = self._span(first, last)
+        local = rows - self.starts[self._held[0]]
         if (np.diff(local) == 1).all():
-            return joined.slice(int(local[0]), len(local))
-        return joined.take(pa.array(local))
+            return table.slice(int(local[0]), len(local))
+        return table.take(pa.array(local))
+
+    def _span(self, first: int, last: int) -> pa.Table:
+        """Row groups first..last, at least, as one table beginning at row group self._held[0].
+
+        What is held is kept while it suffices, so that a shuffle window is decoded and joined once, not for every batch.
+        """
+        begin, held = self._held
+        end = begin if held is None else int(np.searchsorted(self.starts, self.starts[begin] + held.num_rows))
+        if held is None or first < begin or last >= end:
+            tables = []
+            for number in range(first, last + 1):
+                if held is not None and begin <= number < end:
+                    offset = int(self.starts[number] - self.starts[begin])
+                    tables.append(held.slice(offset, int(self.starts[number + 1] - self.starts[number])))
+                else:
+                    tables.append(self._group(number))
+            held = tables[0] if len(tables) == 1 else pa.concat_tables(tables).combine_chunks()
+            self._held = (first, held)
+        return held

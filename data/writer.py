@@ -130,7 +130,7 @@ def write_part(fs: Filesystem, folder: str, name: str, table: pa.Table, groups: 
     """One Parquet file whose row groups are exactly `groups`, written through to the disk."""
     path = f"{folder}/{name}"
     with fs.open(path, "wb") as f:
-        with pq.ParquetWriter(f, table.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(f, table.schema, compression="zstd", write_page_checksum=True) as writer:
             start = 0
             for group in groups:
                 writer.write_table(table.slice(start, group.rows), row_group_size=group.rows)

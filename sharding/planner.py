@@ -1,11 +1,13 @@
 """Planning: TorchRec's planner on the launched topology, without a process group."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -15,6 +17,10 @@ from exfm.embeddings.config import TableConfig
 from exfm.sharding.config import ShardingConfig
 
 GIB = 2**30
+RESERVED = 0.15  # share of memory kept for the dense part and activations
+
+# it advises a factory for fleets whose hardware it looks up; ours comes from the config
+logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
@@ -40,7 +46,10 @@ def plan_tables(
     )
     sharder = TableSharder()
     planner = EmbeddingShardingPlanner(
-        topology=topology, batch_size=local_batch, constraints=_constraints(model, config, world_size), debug=False
+        topology=topology,
+        batch_size=local_batch,
+        constraints=_constraints(model, config, world_size),
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED),
     )
     try:
         return planner.plan(model, [sharder])  # type: ignore[list-item]

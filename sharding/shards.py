@@ -5,9 +5,11 @@ TorchRec's own keys and shapes differ between sharding types; everything that sa
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag, BatchedFusedEmbeddingBag
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,27 @@ class Shard:
 
 def local_shards(model: nn.Module) -> Iterator[Shard]:
     """Every table shard that lives on this rank, data-parallel tables (whole on every rank) included."""
-    for module in model.modules():
-        if isinstance(module, BatchedFusedEmbeddingBag):
-            yield from _fused(module)
-        elif isinstance(module, BatchedDenseEmbeddingBag):
-            yield from _dense(module)
+    for sharded in model.modules():
+        if isinstance(sharded, ShardedEmbeddingBagCollection):
+            # TorchRec keeps the lookups in a plain list, hidden from modules()
+            for lookup in sharded._lookups:
+                for kernel in lookup.modules():
+                    if isinstance(kernel, BatchedFusedEmbeddingBag):
+                        yield from _fused(kernel)
+                    elif isinstance(kernel, BatchedDenseEmbeddingBag):
+                        yield from _dense(kernel, sharded)
 
 
-def _fused(module: BatchedFusedEmbeddingBag) -> Iterator[Shard]:
-    weights = module.split_embedding_weights()
-    states = module.emb_module.split_optimizer_states()
-    for table, weight, state in zip(module.config.embedding_tables, weights, states, strict=True):
+def _fused(kernel: BatchedFusedEmbeddingBag) -> Iterator[Shard]:
+    weights = kernel.split_embedding_weights()
+    states = kernel.emb_module.split_optimizer_states()
+    for table, weight, state in zip(kernel.config.embedding_tables, weights, states, strict=True):
         assert table.local_metadata is not None
         row, column = table.local_metadata.shard_offsets
         yield Shard(table.name, weight.detach(), state[0].detach().view(-1), row, column)
 
 
-def _dense(module: BatchedDenseEmbeddingBag) -> Iterator[Shard]:
-    parameters = dict(module.named_parameters())
-    for table, weight in zip(module.config.embedding_tables, module.split_embedding_weights(), strict=True):
-        parameter = next(p for name, p in parameters.items() if name.split(".")[0] == table.name)
-        yield Shard(table.name, weight.detach(), None, 0, 0, parameter)  # type: ignore[arg-type]
+def _dense(kernel: BatchedDenseEmbeddingBag, sharded: ShardedEmbeddingBagCollection) -> Iterator[Shard]:
+    for table, weight in zip(kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True):
+        parameter: Any = sharded.embedding_bags[table.name].weight
+        yield Shard(table.name, weight.detach(), None, 0, 0, parameter)

@@ -129,7 +129,7 @@ def make_plan(module: nn.Module, config: JobConfig, env: RankEnv, device: torch.
 
 def _ddp(module: nn.Module, device: torch.device) -> nn.Module:
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
 DENSE_ENGINES: dict[str, Callable[[nn.Module, torch.device], nn.Module]] = {"ddp": _ddp}
