@@ -1,5 +1,7 @@
 """Cutting a sorted table into slices."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,7 +20,7 @@ def test_equal_slices_tile_rows_and_time_split_no_second_and_none_is_empty(times
         return
     cuts = equal_slices(stamps, num_slices)
     assert len(cuts) == num_slices and cuts[0].row0 == 0 and cuts[-1].row1 == len(stamps)
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in pairwise(cuts):
         assert left.row1 == right.row0 and left.t1 == right.t0
     for cut in cuts:
         inside = stamps[cut.row0 : cut.row1]

@@ -85,7 +85,7 @@ def test_an_empty_slice_and_bad_weights_are_not_written(tmp_path):
 
 
 def test_a_committed_slice_is_never_replaced(stream):
-    with pytest.raises(UserError, match="slice 0 of .* is already committed"):
+    with pytest.raises(UserError, match=r"slice 0 of .* is already committed"):
         write_slice(stream, 0, 0, 99_999, some_rows(6))
     assert read(stream) == 100
 
@@ -97,19 +97,35 @@ def test_a_truncated_file_is_refused_naming_file_and_row_group(stream):
         read(stream)
 
 
-def test_bytes_changed_in_any_column_of_a_row_group_are_refused_by_name(stream):
+def contents(stream: Stream) -> str:
+    batches = list(open_slice(stream, StreamConfig(path=stream.root), COLUMNS, 0, 0).batches())
+    jagged = [k for b in batches for k in (b.sparse, b.weighted)]
+    lists = [[k.values().tolist(), k.lengths().tolist()] for k in jagged] + [
+        b.weighted.weights().tolist() for b in batches
+    ]
+    return repr((lists, [(b.dense.tolist(), b.labels.tolist()) for b in batches]))
+
+
+def test_changed_bytes_in_a_row_group_are_refused_by_name_or_change_nothing(stream):
     path = Path(stream.root) / FEATURES
-    whole = path.read_bytes()
-    chunks = [pq.ParquetFile(path).metadata.row_group(1).column(c) for c in range(9)]
-    for chunk in chunks:
+    whole, wanted = path.read_bytes(), contents(stream)
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    ends = [
+        (c.dictionary_page_offset or c.data_page_offset) + c.total_compressed_size for c in map(group.column, range(9))
+    ]
+    payload = [end - 2 for end in ends]
+    anywhere = np.random.default_rng(0).integers(group.column(0).dictionary_page_offset or 0, ends[-1], 60).tolist()
+    refused = 0
+    for place in payload + anywhere:
         broken = bytearray(whole)
-        broken[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 0xFF
+        broken[place] ^= 0xFF
         path.write_bytes(broken)
-        if chunk.path_in_schema.split(".")[0] in COLUMNS.of_features():
-            with pytest.raises(UserError, match=f"{FEATURES} row group 1"):
-                read(stream)
-    path.write_bytes(whole)
-    assert read(stream) == 100
+        try:
+            assert contents(stream) == wanted and place in anywhere, f"byte {place} was changed unnoticed"
+        except UserError as error:
+            assert f"{FEATURES} row group 1" in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_a_file_that_is_gone_is_named(stream):
