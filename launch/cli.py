@@ -1,0 +1,300 @@
+"""The `exfm` command. Reads the user's environment; every command takes --json for machines.
+
+Exit codes: 0 done, 2 the user's input is wrong, 1 anything else, 75 stopped early with everything committed.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from exfm.data.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train huge sparse teachers and distil them into small students.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare, make, look at and audit streams.")
+launch_app = typer.Typer(no_args_is_help=True, help="Write and submit cluster jobs.")
+app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the config")]
+console = Console(stderr=True)
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+class Bars:
+    """Progress of preparation: a Rich bar on a terminal, a line per five seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, message: str, done: int, total: int) -> None:
+        end = "\n" if done >= total else "\r"
+        if console.is_terminal:
+            width = 30
+            filled = width * done // max(total, 1)
+            console.print(
+                f"{message} [{'=' * filled}{' ' * (width - filled)}] {done:,}/{total:,}", end=end, markup=False
+            )
+        elif time.monotonic() - self.said > 5 or done >= total:
+            self.said = time.monotonic()
+            console.print(f"{message}: {done:,}/{total:,}", highlight=False)
+
+
+@app.command()
+def demo(
+    data: Annotated[str | None, typer.Option(help="ml1m, synth, or a folder with MovieLens-1M's files")] = None,
+    out: Annotated[Path, typer.Option(help="folder for everything")] = Path("runs/demo"),
+    nproc: Annotated[int, typer.Option(help="ranks of the teacher; default: one per GPU, else 2")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole loop, small: teacher, supervision, students, report."""
+    from exfm.launch.demo import run_demo
+
+    ranks = nproc or _default_ranks()
+    comparison, report = run_demo(data, out, ranks, os.environ, os.environ.get("EXFM_DATA_DIR"), console, Bars())
+    if as_json:
+        _print({"report": str(report.resolve()), **comparison.as_dict()})
+
+
+def _default_ranks() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+@app.command()
+def train(
+    config: Path,
+    nproc: Annotated[int, typer.Option(help="ranks on this machine")] = 1,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Run one job, teacher or student; resumes by itself from its last commit."""
+    from exfm.launch.local import LocalJob, run_jobs
+    from exfm.launch.progress import JobView
+
+    job = LocalJob(config, nproc, tuple(sets or ()))
+    with JobView(console, job.job.run.log_every_s) as view:
+        code = run_jobs([job], os.environ, view)
+    if as_json and code == 0:
+        _print(json.loads((job.folder / "summary.json").read_text()))
+    raise typer.Exit(code)
+
+
+@app.command()
+def stream(
+    config: Annotated[Path, typer.Argument(help="YAML: jobs: [{config: FILE, nproc: N, set: [k=v]}]")],
+    nproc: Annotated[int, typer.Option(help="ranks of the first job, if the file does not say")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run a teacher and its students together on this machine."""
+    from exfm.launch.local import run_jobs
+    from exfm.launch.pipeline import load_pipeline
+    from exfm.launch.progress import JobView
+
+    jobs = load_pipeline(config, nproc)
+    with JobView(console) as view:
+        code = run_jobs(jobs, os.environ, view)
+    if as_json and code == 0:
+        _print({j.name: json.loads((j.folder / "summary.json").read_text()) for j in jobs})
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    config: Path,
+    world_size: Annotated[int, typer.Option(help="ranks")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="ranks per node")] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda",
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Plan where tables go, with TorchRec's planner; needs no GPU and no process group."""
+    from exfm.launch.planning import plan_config
+
+    rows, lines = plan_config(config, sets or [], world_size, gpus_per_node, device)
+    if as_json:
+        _print(rows)
+    else:
+        print("\n".join(lines))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
+    """Write RUN/report.html, a self-contained page."""
+    from exfm.launch.report import write_report
+
+    if not (run / "summary.json").exists():
+        raise UserError(f"{run} has no summary.json; give the folder of a finished run")
+    path = write_report(run / "report.html", [run], None, f"exfm run {run.name}")
+    _print({"report": str(path)}) if as_json else print(path)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is wrong with this machine's installation, and the fix."""
+    from exfm.launch.doctor import run
+
+    raise typer.Exit(run(json=as_json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="a file of benchmarks/, for instance distill")]
+) -> None:
+    """Run a measurement of benchmarks/; further options are its own (NAME --help)."""
+    names = sorted(p.stem for p in (CHECKOUT / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
+    if not names:
+        raise UserError("benchmarks/ is not here; run `exfm bench` from a checkout of exfm")
+    if name not in names:
+        raise UserError(f"there is no benchmark '{name}'; there are: {', '.join(names)}")
+    sys.path.insert(0, str(CHECKOUT))
+    module = importlib.import_module(f"benchmarks.{name}")
+    raise typer.Exit(module.main(context.args, data_dir=os.environ.get("EXFM_DATA_DIR")))
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="ml1m or parquet")],
+    out: Annotated[Path, typer.Option(help="folder of the new stream")],
+    source: Annotated[
+        Path | None, typer.Option(help="publisher's folder or Parquet file(s); ml1m without it is downloaded")
+    ] = None,
+    schema: Annotated[Path | None, typer.Option(help="schema YAML (parquet)")] = None,
+    slices: Annotated[int, typer.Option(help="number of slices of about equal size")] = 50,
+    window_s: Annotated[int | None, typer.Option(help="seconds per slice instead of --slices (parquet)")] = None,
+    drop_extra: Annotated[bool, typer.Option(help="ignore columns that the schema does not name (parquet)")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a data set into a stream of slices."""
+    from exfm.data import movielens, parquet
+    from exfm.data.inspect import inspect
+
+    if name == "ml1m":
+        found = source or movielens.download(out.parent / "download", Bars())
+        movielens.prepare(str(found), str(out), num_slices=slices, progress=Bars())
+    elif name == "parquet":
+        if source is None or schema is None:
+            raise UserError("data prepare parquet needs --source FILE|FOLDER and --schema FILE")
+        cut: dict[str, int] = {"window_s": window_s} if window_s is not None else {"num_slices": slices}
+        parquet.prepare_parquet(source, schema, str(out), drop_extra=drop_extra, progress=Bars(), **cut)
+    else:
+        raise UserError(f"there is no data set '{name}'; use ml1m, or parquet with a schema of your own")
+    if as_json:
+        _print(inspect(str(out)))
+
+
+@data_app.command("synth")
+def data_synth(
+    out: Annotated[Path, typer.Option(help="folder of the new stream")],
+    slices: int = 20,
+    rows: Annotated[int, typer.Option(help="examples per slice")] = 20_000,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a seeded stream whose Bayes-optimal NE is known."""
+    from exfm.data.inspect import inspect
+    from exfm.data.synth import synth
+
+    synth(str(out), num_slices=slices, rows_per_slice=rows, seed=seed, progress=Bars())
+    if as_json:
+        _print(inspect(str(out)))
+
+
+@data_app.command("inspect")
+def data_inspect(folder: Path, as_json: Json = False) -> None:
+    """Describe a stream: schema, slices, features."""
+    from exfm.data.inspect import inspect, render
+
+    found = inspect(str(folder))
+    _print(found) if as_json else Console().print(render(found))
+
+
+@data_app.command("audit")
+def data_audit(run: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
+    """Prove from the ledger that the run skipped and repeated no example."""
+    from exfm.launch.auditing import audit_run
+
+    result = audit_run(run)
+    if as_json:
+        _print(result)
+    else:
+        print(f"{run}: {result['examples']:,} examples in {result['slices']} slices, none skipped, none repeated")
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    config: Path,
+    nodes: Annotated[int, typer.Option()] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="0 trains on CPU")] = 8,
+    nproc_per_node: Annotated[int, typer.Option(help="ranks per node; default: one per GPU")] = 0,
+    name: str = "exfm",
+    out: Annotated[Path | None, typer.Option(help="script to write; default: <run folder>/job.sbatch")] = None,
+    partition: str | None = None,
+    account: str | None = None,
+    time_limit: Annotated[str, typer.Option("--time", help="limit of one attempt")] = "24:00:00",
+    submit_it: Annotated[bool, typer.Option("--submit", help="send it to SLURM")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one sbatch script: srun starts one torchrun per node."""
+    from exfm.launch.slurm import SlurmJob, submit, write_script
+    from exfm.trainer.config import JobConfig, load_config
+
+    run_folder = Path(load_config(config, [], JobConfig).run.folder)
+    job = SlurmJob(
+        config=config,
+        run_folder=run_folder,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        nproc_per_node=nproc_per_node or max(gpus_per_node, 1),
+        name=name,
+        partition=partition,
+        account=account,
+        time=time_limit,
+        torchrun=str(Path(sys.executable).with_name("torchrun")),
+    )
+    path = write_script(job, out or run_folder / "job.sbatch")
+    result = {"script": str(path)} | ({"job_id": submit(path)} if submit_it else {})
+    _print(result) if as_json else print(*result.values())
+
+
+def main() -> None:
+    """Entry point: turns errors into one message and an exit code."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"[bold red]exfm:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(75)
+    except Exception as error:
+        if os.environ.get("EXFM_TRACEBACK"):
+            raise
+        console.print(f"[bold red]exfm:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

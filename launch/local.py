@@ -1,0 +1,145 @@
+"""Running jobs on this machine through torchrun, watching them and saying how they ended."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exfm.checkpoints.store import committed
+from exfm.data.errors import UserError
+from exfm.data.manifest import open_stream
+from exfm.trainer.config import JobConfig, check_against_stream, check_ranks, load_config
+from exfm.trainer.state import check_identity
+
+LOG_TAIL_LINES = 25
+
+
+@dataclass
+class LocalJob:
+    """One job: its config file, overrides and number of ranks on this machine."""
+
+    config: Path
+    nproc: int = 1
+    sets: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _read: int = 0
+    last: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.job = load_config(self.config, list(self.sets), JobConfig)
+        self.folder = Path(self.job.run.folder)
+
+    @property
+    def name(self) -> str:
+        return self.job.run.name
+
+    def check(self) -> None:
+        """UserError for all that can be known to be wrong before a rank starts."""
+        if self.nproc < 1:
+            raise UserError(f"--nproc is {self.nproc}; use 1 or more ranks")
+        check_ranks(self.job, self.nproc)
+        check_against_stream(self.job, open_stream(self.job.stream.path))
+        if found := committed(self.folder / "checkpoints"):
+            check_identity(found[-1], self.job)
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start torchrun; its output goes to <run>/logs/torchrun.log."""
+        logs = self.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        (self.folder / "exit.json").unlink(missing_ok=True)
+        metrics = self.folder / "metrics.jsonl"
+        self._read = metrics.stat().st_size if metrics.exists() else 0
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc)]
+        command += ["-m", "exfm.trainer", str(self.config)]
+        for item in self.sets:
+            command += ["--set", item]
+        # one thread per rank unless the user says otherwise: ranks share the cores
+        env = {"OMP_NUM_THREADS": str(self.job.run.threads_per_rank), **environment}
+        with open(logs / "torchrun.log", "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """Ask the ranks to commit and stop."""
+        if self.process is not None and self.running():
+            self.process.terminate()
+
+    def refresh(self) -> dict[str, Any] | None:
+        """The newest line of metrics.jsonl since the last call, or None."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return None
+        with open(path, "rb") as f:
+            f.seek(self._read)
+            text = f.read()
+        end = text.rfind(b"\n") + 1
+        self._read += end
+        lines = text[:end].splitlines()
+        if not lines:
+            return None
+        self.last = json.loads(lines[-1])
+        return self.last
+
+    def outcome(self) -> tuple[int, str]:
+        """(exit code, message) of an ended job: exit.json's word, or torchrun's with the end of the log."""
+        assert self.process is not None
+        path = self.folder / "exit.json"
+        if path.exists():
+            word = json.loads(path.read_text())
+            return int(word["exit_code"]), str(word["message"])
+        if self.process.returncode == 0:
+            return 0, ""
+        tail = (self.folder / "logs" / "torchrun.log").read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return (
+            1,
+            f"torchrun ended with {self.process.returncode}; end of {self.folder}/logs/torchrun.log:\n"
+            + "\n".join(tail),
+        )
+
+
+def run_jobs(jobs: Sequence[LocalJob], environment: Mapping[str, str], view: Any, poll_s: float = 0.2) -> int:
+    """Run jobs side by side to their end; the first failure stops the others. view: see launch/progress.py.
+
+    Returns 0, or 75 where one stopped early with everything committed. UserError or RuntimeError with the first cause.
+    """
+    for job in jobs:
+        job.check()
+    failed: tuple[LocalJob, int, str] | None = None
+    stopped = False
+    try:
+        for job in jobs:
+            job.start(environment)
+        waiting = list(jobs)
+        while waiting:
+            time.sleep(poll_s)
+            for job in list(waiting):
+                if line := job.refresh():
+                    view.update(job, line)
+                if job.running():
+                    continue
+                waiting.remove(job)
+                code, message = job.outcome()
+                view.ended(job, code)
+                stopped |= code == 75
+                if code not in (0, 75) and failed is None:
+                    failed = (job, code, message)
+                    for other in waiting:
+                        other.stop()
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.stop()
+        for job in jobs:
+            if job.process is not None:
+                job.process.wait()
+        return 75
+    if failed is not None:
+        job, code, message = failed
+        text = f"{job.name}: {message}"
+        raise UserError(text) if code == 2 else RuntimeError(text)
+    return 75 if stopped else 0
