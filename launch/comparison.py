@@ -124,24 +124,16 @@ def _student(teacher: Path, pair: StudentPair, task: str) -> StudentResult:
     # first element: the measured value; the others: replicates
     ne_before, ne_after, ne_best = (np.concatenate(([m.result.ne.value], m.replicates)) for m in (before, after, best))
     gain, advantage = ne_before - ne_after, ne_before - ne_best
-    teacher_ahead = _estimate(advantage)
+    teacher_ahead = estimate(advantage)
     ratio = None
     if teacher_ahead.value > 0 and (teacher_ahead.low is None or teacher_ahead.low > 0):
-        ratio = _estimate(gain / advantage)
-    return StudentResult(
-        pair.domain,
-        best.result,
-        before.result,
-        after.result,
-        _estimate(gain),
-        _estimate(100 * gain / ne_before),
-        teacher_ahead,
-        ratio,
-    )
+        ratio = estimate(gain / advantage)
+    gains = estimate(gain), estimate(100 * gain / ne_before)
+    return StudentResult(pair.domain, best.result, before.result, after.result, *gains, teacher_ahead, ratio)
 
 
-def _estimate(values: F64) -> Estimate:
-    """From [the measured value, replicates...]."""
+def estimate(values: F64) -> Estimate:
+    """From [the measured value, replicates...]; without an interval where too few replicates have a value."""
     replicates = values[1:]
     finite = replicates[np.isfinite(replicates)]
     if len(replicates) == 0 or len(finite) < LEAST_FINITE * len(replicates):
@@ -183,14 +175,14 @@ def _load(run: Path, group: str, task: str, role: str) -> _Scored:
             f"run '{run}' has no NE for '{group}': its {values['examples']:.0f} evaluated examples have not both labels; "
             "evaluate more slices (evaluation.skip) or choose a larger domain"
         )
-    replicates = _replicates(run, f"{group}/{task}")
+    replicates = replicates_of(run, f"{group}/{task}")
     result = ModelResult(
         role=role,
         name=summary["name"],
         run=str(run),
         group=group,
         examples=int(values["examples"]),
-        ne=_estimate(np.concatenate(([values["ne"]], replicates))),
+        ne=estimate(np.concatenate(([values["ne"]], replicates))),
         auc=values["auc"],
         log_loss=values["log_loss"],
         calibration=values["calibration"],
@@ -198,7 +190,8 @@ def _load(run: Path, group: str, task: str, role: str) -> _Scored:
     return _Scored(result, replicates, (summary["evaluated_from"], summary["slices"][1]), values["base_rate"])
 
 
-def _replicates(run: Path, key: str) -> F64:
+def replicates_of(run: Path, key: str) -> F64:
+    """NE replicates [r] of `group/task`."""
     path = run / "bootstrap.npz"
     if not path.is_file():
         raise UserError(f"run '{run}' has no bootstrap.npz beside its summary.json; run its job again")
@@ -225,8 +218,8 @@ def _check_comparable(a: _Scored, b: _Scored) -> None:
         )
     if not math.isclose(a.base_rate, b.base_rate, rel_tol=1e-6):
         raise UserError(
-            f"not comparable {where}: {one} saw base rate {a.base_rate:.6f}, {other} {b.base_rate:.6f}, so their examples "
-            "differ; give both the same stream and the same definition of the domain"
+            f"not comparable {where}: {one} saw base rate {a.base_rate:.6f}, {other} {b.base_rate:.6f}, so other examples; "
+            "give both the same stream and the same definition of the domain"
         )
     if len(a.replicates) != len(b.replicates):
         raise UserError(
@@ -260,8 +253,13 @@ def ratio_text(student: StudentResult) -> str:
     return f"{student.transfer_ratio.value:.2f}{interval(student.transfer_ratio, 2)}"
 
 
+def full_name(model: ModelResult) -> str:
+    """Role and name, for models of one role that must be told apart."""
+    return model.name if model.name.startswith(model.role) else f"{model.role} {model.name}"
+
+
 def rows(comparison: Comparison) -> list[list[str]]:
-    """The table as texts: model, NE [95% interval], AUC, log loss, calibration, NE gain, transfer ratio."""
+    """The table as texts, in the order of COLUMNS."""
     lines = [_row("teacher, all traffic", comparison.teacher, "", "")]
     seen: set[tuple[str, str, str]] = set()
     for student in comparison.students:
@@ -272,8 +270,8 @@ def rows(comparison: Comparison) -> list[list[str]]:
             seen.add(key)
             gain, ratio = (gain_text(student), ratio_text(student)) if model.role == "distilled" else ("", "")
             several = model.role == "distilled" and [s.domain for s in comparison.students].count(student.domain) > 1
-            name = f" ({model.name})" if several else ""
-            lines.append(_row(f"{student.domain}: {model.role}{name}", model, gain, ratio))
+            name = full_name(model) if several else model.role
+            lines.append(_row(f"{student.domain}: {name}", model, gain, ratio))
     return lines
 
 

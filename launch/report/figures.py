@@ -9,11 +9,12 @@ from typing import TypeAlias
 import numpy as np
 import plotly.graph_objects as go
 
-from exfm.launch.comparison import Comparison, StudentResult
+from exfm.launch.comparison import Comparison, StudentResult, full_name
 from exfm.launch.report.runs import Run
 
 # told apart by colour-blind readers, on white and on black (after Okabe and Ito)
 ROLE_COLOURS = {"teacher": "#3a8fd0", "undistilled": "#e69f00", "distilled": "#009e73"}
+GAINED, LOST = "#009e73", "#d55e00"
 MORE_COLOURS = ("#cc79a7", "#d55e00", "#56b4e9", "#999999")
 NEUTRAL = "#8a8f98"
 MAX_TICKS = 40  # points of a throughput curve
@@ -60,8 +61,10 @@ def blank(height: int, **layout: object) -> go.Figure:
         legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
         font={"size": 13},
     )
+    unified = layout.get("hovermode") == "x unified"
     plot.update_xaxes(zeroline=False, automargin=True, title={"standoff": 8, "font": {"size": 13}})
-    plot.update_yaxes(zeroline=False, automargin=True, title={"standoff": 12, "font": {"size": 13}})
+    plot.update_xaxes(showspikes=unified, spikethickness=1, spikedash="solid")
+    plot.update_yaxes(zeroline=False, automargin=True, title={"standoff": 12, "font": {"size": 13}}, showspikes=False)
     return plot
 
 
@@ -76,7 +79,7 @@ def domain_lines(comparison: Comparison, runs: Mapping[str, Run], domain: str) -
         colour = next(more) if model.role in used else ROLE_COLOURS[model.role]
         used.add(model.role)
         several = sum(m.role == model.role for m in models.values()) > 1
-        label = f"{model.role} {model.name}" if several else model.role
+        label = full_name(model) if several else model.role
         lines.append(Line(label, runs[model.run], domain, colour))
     return lines
 
@@ -108,7 +111,14 @@ def ne_figure(lines: Sequence[Line], task: str, window: Window | None, best: Map
     for name, value in best.items():
         style = {"color": NEUTRAL, "dash": "dash", "width": 2}
         hover = "%{y:.4f}"
-        plot.add_scatter(x=[first, last], y=[value] * 2, mode="lines", line=style, name=text(name), hovertemplate=hover)
+        plot.add_scatter(
+            x=[first, last],
+            y=[value] * 2,
+            mode="lines",
+            line=style,
+            name=text(f"{name} {value:.4f}"),
+            hovertemplate=hover,
+        )
     plot.update_yaxes(title_text="NE (lower is better)", tickformat=".3f", range=reach)
     return plot
 
@@ -162,7 +172,7 @@ def gains_figure(students: Sequence[StudentResult]) -> go.Figure:
     for row, (name, gain) in enumerate(shown):
         known = gain.low is not None and gain.high is not None
         interval = f"95% interval [{gain.low:.2f}, {gain.high:.2f}]" if known else "no interval"
-        colour = ROLE_COLOURS["distilled"] if gain.resolved or not known else NEUTRAL
+        colour = NEUTRAL if known and not gain.resolved else GAINED if gain.value > 0 else LOST
         bars = {"type": "data", "symmetric": False, "thickness": 2, "width": 5}
         if gain.low is not None and gain.high is not None:
             bars |= {"array": [gain.high - gain.value], "arrayminus": [gain.value - gain.low]}
@@ -179,7 +189,7 @@ def gains_figure(students: Sequence[StudentResult]) -> go.Figure:
         )
     plot.add_vline(x=0, line={"dash": "dash", "color": NEUTRAL, "width": 1.5})
     ticks = {"tickvals": list(range(len(shown))), "ticktext": [text(name) for name, _ in shown]}
-    plot.update_yaxes(range=[len(shown) - 0.5, -0.7], **ticks)
+    plot.update_yaxes(range=[len(shown) - 0.5, -0.7], ticklabelstandoff=8, **ticks)
     plot.update_xaxes(title_text="NE gain, % of the undistilled NE", rangemode="tozero", ticksuffix="%")
     return plot
 
@@ -192,7 +202,7 @@ def _student_label(student: StudentResult, students: Sequence[StudentResult]) ->
 def throughput_figure(runs: Sequence[Run], styles: Mapping[str, Style]) -> go.Figure:
     """Examples per second between logged lines. styles: (colour, dash) by run folder."""
     plot = blank(360)
-    more = cycle(MORE_COLOURS)
+    more = cycle(MORE_COLOURS if styles else (*ROLE_COLOURS.values(), *MORE_COLOURS))
     medians = []
     for run in runs:
         shares, rates, seconds = _rates(run.ticks)
@@ -211,7 +221,7 @@ def throughput_figure(runs: Sequence[Run], styles: Mapping[str, Style]) -> go.Fi
         )
     wide = bool(medians) and max(medians) > WIDE * max(min(medians), 1e-9)
     plot.update_yaxes(title_text="examples/s", **({"type": "log"} if wide else {"rangemode": "tozero"}))
-    plot.update_xaxes(title_text="share of the job", rangemode="tozero", tickformat=".0%")
+    plot.update_xaxes(title_text="share of the job", range=[0, 1.005], dtick=0.2, tickformat=".0%")
     return plot
 
 

@@ -94,11 +94,12 @@ th:first-child { text-align: left; padding-left: 8px; }
 tbody th { font-weight: 500; }
 tr.first > * { border-top: 1px solid var(--muted); }
 tr.strong > * { background: var(--band); font-weight: 650; }
-small { display: block; color: var(--muted); font-size: 12.5px; font-weight: 400; }
+small { display: block; color: var(--muted); font-size: 12.5px; font-weight: 400; white-space: pre; }
 details { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: 9px 4px; overflow-wrap: anywhere; }
 pre { overflow-x: auto; margin: 0 0 14px; padding: 14px; background: var(--band); font-size: 13px; line-height: 1.45; }
-@media (max-width: 760px) { main { padding: 24px 16px 60px; } .lead { font-size: 19px; } section { margin-top: 40px; } }
+@media (max-width: 760px) { main { padding: 24px 16px 60px; } .lead { font-size: 19px; } section { margin-top: 40px; }
+  table { font-size: 14px; } th, td { padding: 7px 7px; } small { font-size: 12px; } }
 """
 
 SCRIPT = """
@@ -113,7 +114,7 @@ function draw() {
     for (const axis of Object.keys(layout).filter(key => /^[xy]axis/.test(key)))
       Object.assign(layout[axis], { gridcolor: color('--line'), linecolor: color('--line'), spikecolor: color('--muted') });
     for (const trace of data)
-      if (trace.type === 'bar') trace.marker.line = { color: color('--page'), width: 1 };
+      if (trace.type === 'bar') trace.marker.line.color = color('--page');
     Plotly.react(holder.dataset.plot, data, layout, { responsive: true, displayModeBar: false });
   }
 }

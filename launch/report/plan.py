@@ -78,7 +78,7 @@ def plan_figure(run: Run) -> go.Figure:
             y=sizes if upright else ranks,
             orientation="v" if upright else "h",
             name=text(kind),
-            marker={"color": SHARDING_COLOURS.get(kind, "#999999")},
+            marker={"color": SHARDING_COLOURS.get(kind, "#999999"), "line": {"width": 0 if upright else 1}},
             customdata=[[p.rank, text(p.label), text(p.kind), text(p.shape)] for p in own],
             text=[text(p.label) for p in own],
             textposition="none" if upright else "inside",
@@ -92,5 +92,5 @@ def plan_figure(run: Run) -> go.Figure:
     size_axis = {"title_text": f"{unit} of weights"}
     plot.update_xaxes(rank_axis if upright else size_axis)
     plot.update_yaxes(size_axis if upright else {**rank_axis, "autorange": "reversed"})
-    plot.update_layout(showlegend=True)
+    plot.update_layout(showlegend=True, legend={"traceorder": "normal"})
     return plot

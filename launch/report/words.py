@@ -2,11 +2,16 @@
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from exfm.launch.comparison import (
     Comparison,
     ModelResult,
     StudentResult,
+    estimate,
+    full_name,
     interval,
+    replicates_of,
 )
 from exfm.launch.report.runs import Run
 
@@ -61,9 +66,33 @@ def run_sentence(run: Run) -> str:
     m = run.summary["groups"][run.groups[0]][run.task]
     first, last_slice = run.summary["evaluated_from"], run.summary["slices"][1] - 1
     return (
-        f"{run.name} reached NE {m['ne']:.4f}, AUC {m['auc']:.4f} and calibration {m['calibration']:.3f} "
+        f"{run.name} reached NE {m['ne']:.4f}{_interval_of(run, run.groups[0], run.task)}, AUC {m['auc']:.4f} and calibration {m['calibration']:.3f} "
         f"on the {m['examples']:,.0f} examples of slices {first} to {last_slice}."
     )
+
+
+def _interval_of(run: Run, group: str, task: str) -> str:
+    assert run.summary is not None
+    value = run.summary["groups"][group][task]["ne"]
+    return interval(estimate(np.concatenate(([value], replicates_of(run.folder, f"{group}/{task}")))), 4)
+
+
+REACHED = ("group", "NE", "AUC", "log loss", "calibration", "base rate", "examples")
+
+
+def reached_rows(run: Run) -> list[tuple[str, list[Cell]]]:
+    """Every group and task of a finished run."""
+    if run.summary is None:
+        return []
+    several = len(run.config["heads"]["tasks"]) > 1
+    lines = []
+    for group in run.groups:
+        for task, m in run.summary["groups"][group].items():
+            numbers = [f"{m['auc']:.4f}", f"{m['log_loss']:.4f}", f"{m['calibration']:.3f}", f"{m['base_rate']:.4f}"]
+            cells = [(text, "") for text in (*numbers, f"{m['examples']:,.0f}")]
+            name = ("all traffic" if group == "all" else f"domain {group}", f"task {task}" if several else "")
+            lines.append(("", [name, (f"{m['ne']:.4f}", _interval_of(run, group, task).strip()), *cells]))
+    return lines
 
 
 COMPARED = ("model", "NE", "AUC", "log loss", "calibration", "NE gain", "transfer ratio")
@@ -80,7 +109,7 @@ def comparison_rows(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
                 continue
             seen.add(key)
             ours = model.role == "distilled"
-            name = f"{model.role} {model.name}" if ours and several else model.role
+            name = full_name(model) if ours and several else model.role
             last = [_gain(student), _ratio_cell(student)] if ours else [("", ""), ("", "")]
             kind = {"teacher": "first", "distilled": "strong"}.get(model.role, "")
             lines.append((kind, [(name, f"domain {student.domain}"), *_measured(model), *last]))
@@ -102,7 +131,7 @@ def _gain(student: StudentResult) -> Cell:
         return "", "no undistilled run"
     below = interval(gain, 2).strip() or "no interval"
     unresolved = "" if gain.resolved or gain.low is None else ", not resolved"
-    return f"{gain.value:+.2f}%", f"{below}{unresolved}; {student.gain.value:+.4f}"
+    return f"{gain.value:+.2f}%", f"{below}{unresolved}\n{student.gain.value:+.4f} NE"
 
 
 def _ratio_cell(student: StudentResult) -> Cell:

@@ -13,7 +13,7 @@ from exfm.launch.report.page import details_html, figures_html, page_html, secti
 from exfm.launch.report.plan import plan_figure
 from exfm.launch.report.runs import Run, read_run
 
-USERS = "Intervals: 95%, by bootstrap over users, paired between runs; they do not cover the training seed."
+USERS = "Intervals: 95%, by bootstrap over users; they do not cover the training seed."
 
 
 def write_report(
@@ -35,7 +35,7 @@ def write_report(
     lead = words.headline(comparison) if comparison else [words.run_sentence(run) for run in everything]
     body = "".join(
         [
-            _results(comparison),
+            _compared_section(comparison) if comparison else _reached(everything),
             _curves(read, comparison, bayes_ne or {}),
             _plans(everything),
             _facts(read, comparison),
@@ -55,11 +55,18 @@ def _compared(comparison: Comparison | None) -> list[str]:
     return list(dict.fromkeys(m.run for m in models if m is not None))
 
 
-def _results(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return ""
+def _reached(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        note = f"{run.name}, progressive: every prediction was made before its example was learned. {USERS}"
+        if lines := words.reached_rows(run):
+            parts.append(table_html(words.REACHED, lines, note))
+    return section_html("What it reached", *parts)
+
+
+def _compared_section(comparison: Comparison) -> str:
     first, last = comparison.slices
-    note = f"Task {comparison.task}, slices {first} to {last - 1}, every prediction made before its example was learned. {USERS}"
+    note = f"Task {comparison.task}, slices {first} to {last - 1}, every prediction made before its example was learned. {USERS} Gains are paired: the same users were drawn for all models."
     parts = [table_html(words.COMPARED, words.comparison_rows(comparison), note)]
     if any(s.gain_percent for s in comparison.students):
         caption = (
@@ -116,7 +123,7 @@ def _plans(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.plan:
             by_plan.setdefault(json.dumps([run.plan, run.config["tables"]]), []).append(run)
-    caption = "One bar per rank: bars of equal length are a balanced plan; point at a piece for its table and shard."
+    caption = "One bar per rank: bars of equal size are a balanced plan; point at a piece for its table and shard."
     drawn = [
         Figure(f"plan-{i}", ", ".join(r.name for r in same), caption, plan_figure(same[0]))
         for i, same in enumerate(by_plan.values())
