@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exfm.data.errors import UserError
 from exfm.data.manifest import Stream
-from exfm.data.reader import StreamConfig
+from exfm.data.reader import StreamConfig, slices_of
 from exfm.distillation.config import DistillationConfig
 from exfm.embeddings.config import FeaturesConfig, TableConfig, check_features
 from exfm.embeddings.ids import sparse_inputs
@@ -145,11 +145,11 @@ def _set(raw: dict[str, Any], item: str) -> None:
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
     """One line for one pydantic error: key, value, what is allowed, nearest right spelling."""
-    # pydantic puts the tag of a union into the path; it is no key of the file
-    key = ".".join(str(p) for p in error["loc"])
+    known, allowed = _locate(kind, error["loc"][:-1])
+    name = str(error["loc"][-1])
+    key = ".".join([*known, name])
     if error["type"] == "extra_forbidden":
-        allowed = _fields_at(kind, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1)
+        near = difflib.get_close_matches(name, allowed, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(allowed)}" if allowed else ""
         return f"unknown key '{key}'{hint}"
     if error["type"] == "missing":
@@ -157,18 +157,19 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     return f"'{key}' is {error.get('input')!r}: {error['msg']}"
 
 
-def _fields_at(kind: Any, loc: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the model at a location of a config."""
-    kinds = [k for k in _models(kind)]
+def _locate(kind: Any, loc: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The keys of a pydantic location, without the tags of unions, and the fields that a mapping there may have."""
+    kinds, keys = _models(kind), []
     for part in loc:
-        found: list[Any] = []
-        for k in kinds:
-            if part in k.model_fields:
-                found += _models(k.model_fields[part].annotation)
-            elif isinstance(part, int) or part not in {f for m in kinds for f in m.model_fields}:
-                found.append(k)  # an index, a name of a dict or a union's tag
-        kinds = found
-    return sorted({f for k in kinds for f in k.model_fields})
+        tagged = [k for k in kinds if len(kinds) > 1 and part == k.model_fields["kind"].default]
+        if tagged:
+            kinds = tagged
+            continue
+        keys.append(str(part))
+        found = [m for k in kinds if part in k.model_fields for m in _models(k.model_fields[part].annotation)]
+        # an index of a list or a name in a dict stays at the same models
+        kinds = found or [k for k in kinds if part not in k.model_fields]
+    return keys, sorted({f for k in kinds for f in k.model_fields})
 
 
 def _models(kind: Any) -> list[Any]:
@@ -196,6 +197,7 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
                 f"domain '{domain.name}' is cut by '{domain.column}', a list column; use a column with one id"
             )
     config.stream.own_domain()
+    slices_of(stream, config.stream)
     if config.distillation.publish and config.stream.shuffle_window > 1:
         raise UserError(
             f"stream.shuffle_window is {config.stream.shuffle_window} and the teacher publishes its forward pass: an example "
