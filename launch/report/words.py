@@ -130,8 +130,8 @@ def _gain(student: StudentResult) -> Cell:
     if gain is None or student.gain is None:
         return "", "no undistilled run"
     below = interval(gain, 2).strip() or "no interval"
-    unresolved = "" if gain.resolved or gain.low is None else ", not resolved"
-    return f"{gain.value:+.2f}%", f"{below}{unresolved}\n{student.gain.value:+.4f} NE"
+    unresolved = "" if gain.resolved or gain.low is None else "not resolved\n"
+    return f"{gain.value:+.2f}%", f"{below}\n{unresolved}{student.gain.value:+.4f} NE"
 
 
 def _ratio_cell(student: StudentResult) -> Cell:
