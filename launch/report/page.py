@@ -91,10 +91,11 @@ th, td { padding: 8px 12px; text-align: right; vertical-align: top; white-space:
   border-bottom: 1px solid var(--line); }
 thead th { color: var(--muted); font-weight: 500; font-size: 13.5px; vertical-align: bottom; }
 th:first-child { text-align: left; padding-left: 8px; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; white-space: normal; min-width: 7em; max-width: 20em; overflow-wrap: anywhere; }
 tr.first > * { border-top: 1px solid var(--muted); }
 tr.strong > * { background: var(--band); font-weight: 650; }
 small { display: block; color: var(--muted); font-size: 12.5px; font-weight: 400; white-space: pre; }
+th small { white-space: normal; }
 details { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: 9px 4px; overflow-wrap: anywhere; }
 pre { overflow-x: auto; margin: 0 0 14px; padding: 14px; background: var(--band); font-size: 13px; line-height: 1.45; }

@@ -21,7 +21,7 @@ HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=\"
 RNG = np.random.default_rng(3)
 NOISE = RNG.normal(0, 0.01, 200)
 NUM_SLICES = 20
-MARK = re.compile(r'<path class="(?:js-line|point)"[^>]* d="M|<g class="point"><path[^>]* d="M')
+MARK = re.compile(r'<path class="(?:js-line|point)[^"]*"[^>]* d="M|<g class="point[^"]*"><path[^>]* d="M')
 
 
 def values(ne: float) -> dict[str, float]:
