@@ -29,7 +29,7 @@ app.add_typer(launch_app, name="launch")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the config")]
-console = Console(stderr=True)
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
