@@ -29,9 +29,7 @@ def load_pipeline(path: Path, nproc: int) -> list[LocalJob]:
     pipeline = load_config(path, [], PipelineConfig)
     jobs = []
     for number, job in enumerate(pipeline.jobs):
-        sets = tuple(
-            f"{key}={json.dumps(value)}" for key, value in job.set.items()
-        )
+        sets = tuple(f"{key}={json.dumps(value)}" for key, value in job.set.items())
         jobs.append(LocalJob(path.parent / job.config, job.nproc or (nproc if number == 0 else 1), sets))
     folders = [str(j.folder) for j in jobs]
     if twice := {f for f in folders if folders.count(f) > 1}:
