@@ -148,19 +148,21 @@ def _pieces(tensor: Tensor) -> list[tuple[Tensor, int]]:
     """Local tensors with their column offsets."""
     if not isinstance(tensor, DTensor):
         return [(tensor, 0)]
+    return [(t, column) for t, (_, column) in _local_pieces(tensor)]
+
+
+def _local_pieces(tensor: DTensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """(piece, its (row, column)) of this rank. One without pieces has none, though torch keeps an offset (0,) for it."""
     local: Any = tensor.to_local()
-    return [(t, o[1]) for t, o in zip(local.local_shards(), local.local_offsets(), strict=True)]
+    shards = local.local_shards()
+    return list(zip(shards, local.local_offsets()[: len(shards)], strict=True))
 
 
 def _like_saved(tensor: Tensor, segments: int) -> Tensor:
     """Room for all saved segments of this rank's rows."""
     if not isinstance(tensor, DTensor):
         return tensor.new_empty(tensor.shape[0], segments)
-    local: Any = tensor.to_local()
-    pieces = [
-        (t.new_empty(t.shape[0], segments), (o[0], 0))
-        for t, o in zip(local.local_shards(), local.local_offsets(), strict=True)
-    ]
+    pieces = [(t.new_empty(t.shape[0], segments), (row, 0)) for t, (row, *_) in _local_pieces(tensor)]
     mesh = init_device_mesh(tensor.device_mesh.device_type, (dist.get_world_size(),))
     return distributed(pieces, (tensor.shape[0], segments), mesh)
 

@@ -1,0 +1,46 @@
+"""Fixtures and markers of the whole suite."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of data sets, EXFM_DATA_DIR; without it the test is skipped, or fails where EXFM_REQUIRE_DATA is set."""
+    root = os.environ.get("EXFM_DATA_DIR")
+    if root and Path(root).is_dir():
+        return Path(root)
+    message = f"EXFM_DATA_DIR is {root}; it must name a folder with the data sets"
+    if os.environ.get("EXFM_REQUIRE_DATA"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def on_ranks(rank_pool: RankPool) -> RankPool:
+    """on_ranks(n, fn, *args): the results of a module-level function on n gloo ranks."""
+    return rank_pool
