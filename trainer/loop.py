@@ -93,17 +93,14 @@ class Job:
             reader = self.open(self.progress.slice)
             while self.progress.consumed < reader.examples:
                 self._segment(reader)
-                finished = self.progress.consumed >= reader.examples
                 stopping = self._agree()
-                if finished:
-                    break
-                self.commit()
-                if stopping:
-                    return False
+                if self.progress.consumed < reader.examples:
+                    self.commit()
+                    if stopping:
+                        return False
             self._end_slice()
-            done = self.progress.slice - self.slices.start
-            last = self.progress.slice == self.slices.stop
             stopping = self._agree()
+            done, last = self.progress.slice - self.slices.start, self.progress.slice == self.slices.stop
             if last or stopping or done % self.config.checkpoint.every_slices == 0:
                 self.commit()
             if stopping and not last:
@@ -246,6 +243,7 @@ class Job:
             "version": p.version,
             "optimizer_steps": self.built.optimizers.steps,
             "ledger_entries": len(self.entries),
+            "first_evaluated": self.first_evaluated,
             "seconds": p.seconds,
         }
         save(self.folder / "checkpoints", p.step, self.state, partials | counts, manifest, self.config.checkpoint.keep)
@@ -261,6 +259,8 @@ class Job:
         m, p = newest.manifest, self.progress
         p.slice, p.consumed, p.step = m["position"]["slice"], m["position"]["consumed"], newest.step
         p.version, p.seconds = m["version"], m["seconds"]
+        if p.slice > m["first_evaluated"]:  # an evaluation that has begun keeps its window when stream.last changes
+            self.first_evaluated = m["first_evaluated"]
         self.built.optimizers.steps = m["optimizer_steps"]
         self.entries = read_ledger(self.ledger_fs, self.ledger_path)[: m["ledger_entries"]]
         share = load_partials(newest)

@@ -31,10 +31,10 @@ def run_job(config: JobConfig, env: RankEnv, should_stop: Callable[[], bool] = l
     with process_group(env, device, config.run.timeout_s):
         for attempt in range(config.run.max_restores + 1):
             job = Job(config, env, device, should_stop)
-            if env.rank == 0:
-                _save_config(config)
             try:
                 job.restore()
+                if env.rank == 0:
+                    _save_config(config)
                 return DONE if job.train() else STOPPED
             except NonFiniteLoss as error:
                 if attempt == config.run.max_restores:
@@ -52,7 +52,9 @@ def _save_config(config: JobConfig) -> None:
 
 def rank_main(config: JobConfig, env: RankEnv) -> int:
     """Run as one rank of a launched job: signals ask for a commit and exit code 75, exit.json says how it ended."""
-    asked = []
+    asked: list[bool] = []
+    if env.rank == 0:  # an earlier attempt's word
+        (Path(config.run.folder) / "exit.json").unlink(missing_ok=True)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: asked.append(True))
     try:
