@@ -49,11 +49,24 @@ class Committed:
 def committed(root: Path) -> list[Committed]:
     """Committed checkpoints, oldest first."""
     found = []
-    for folder in sorted(root.glob("step=*")):
+    for folder in sorted(root.glob("step=*"), key=_order):
         fs, path = open_folder(folder)
         if fs.exists(f"{path}/{MANIFEST}"):
             found.append(Committed(folder, read_json(fs, f"{path}/{MANIFEST}")))
     return found
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """Sorts step=00000007, step=00000007-1 (committed later at the same step), step=00000012."""
+    step, _, again = folder.name.removeprefix("step=").partition("-")
+    return int(step), int(again or 0)
+
+
+def _new_folder(root: Path, step: int) -> Path:
+    """A folder that holds no commit; rank 0 chooses. A slice without examples is committed at the step of the one before."""
+    again = [len([c for c in committed(root) if c.step == step]) if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(again, src=0)
+    return root / (f"step={step:08d}" + (f"-{again[0]}" if again[0] else ""))
 
 
 def save(
@@ -63,24 +76,30 @@ def save(
 
     SaveError on every rank if any rank cannot write; what was committed before stays.
     """
-    folder = root / f"step={step:08d}"
-    _on_rank_0(lambda: _make_empty(root, folder))
+    folder = _new_folder(root, step)
+    try:
+        _write(folder, step, state, partials, manifest)
+    except SaveError:
+        # an unfinished checkpoint must not keep the disk full
+        _on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+        raise
+    _on_rank_0(lambda: _clean(root, keep))
+
+
+def _write(folder: Path, step: int, state: Mapping[str, Tensor], partials: Partials, manifest: dict[str, Any]) -> None:
+    _on_rank_0(lambda: _make_empty(folder))
     _on_all_ranks(folder, lambda: dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder, sync_files=True)))
     own = folder / f"rank-{dist.get_rank():05d}.npz"
     files = _on_all_ranks(folder, lambda: _write_partials(folder, own, partials))
     everything: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everything, files)
     _on_rank_0(lambda: _commit(folder, step, manifest, [f for part in everything for f in part]))
-    _on_rank_0(lambda: _clean(root, keep))
 
 
-def _make_empty(root: Path, folder: Path) -> None:
-    try:
-        if folder.exists() and not (folder / MANIFEST).exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make {folder}: {error}; the last commit is intact") from None
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _write_partials(folder: Path, path: Path, partials: Partials) -> list[dict[str, Any]]:
@@ -99,10 +118,7 @@ def _commit(folder: Path, step: int, manifest: dict[str, Any], files: list[dict[
     fs, path = open_folder(folder)
     versions = {"torch": torch.__version__, "format": 1}
     full = {**manifest, "step": step, "files": files, "versions": versions, "world_size": dist.get_world_size()}
-    try:
-        commit_json(fs, f"{path}/{MANIFEST}", full)
-    except OSError as error:
-        raise SaveError(f"cannot commit {folder}: {error}; the last commit is intact") from None
+    commit_json(fs, f"{path}/{MANIFEST}", full)
 
 
 def _clean(root: Path, keep: int) -> None:
@@ -193,13 +209,13 @@ def _sha256(path: Path) -> str:
 
 
 def _on_rank_0(act: Any) -> None:
-    """Run on rank 0 and raise its SaveError everywhere; a barrier in effect."""
+    """Run on rank 0; where it cannot write, SaveError on all ranks. A barrier in effect."""
     error: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             act()
-        except SaveError as e:
-            error = [str(e)]
+        except OSError as e:
+            error = [f"cannot write a checkpoint: {e}; the last commit is intact; free some space"]
     dist.broadcast_object_list(error, src=0)
     if error[0]:
         raise SaveError(error[0])

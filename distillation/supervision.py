@@ -97,6 +97,8 @@ class SupervisionLog:
             raise UserError(
                 f"{self.root} has no supervision for slice {index}; run the teacher or set on_missing: label_only"
             )
+        if manifest.slice != index:
+            raise UserError(f"{self.folder(index)} holds the manifest of slice {manifest.slice}; score it again")
         self.check(stream, manifest)
         missing = [t for t in tasks if t not in manifest.extra["tasks"]]
         if missing:
@@ -127,7 +129,8 @@ class SupervisionLog:
             )
         if extra["version"] != next_version(parent, extra["config"], slice_digest(stream, index)):
             raise UserError(
-                f"{where}: its teacher was trained on other data than slice {index} of {stream.root}; score it again"
+                f"{where}: its version does not follow from its parent: its teacher was trained on other data than slice "
+                f"{index} of {stream.root}, or the manifest was edited; score it again"
             )
         for part in manifest.parts:
             path = f"{self.folder(index)}/{part.path}"
@@ -138,12 +141,23 @@ class SupervisionLog:
         self._versions[index] = extra["version"]
 
     def _parent(self, stream: Stream, index: int, config_digest: str) -> str:
-        """The version before slice `index`, recomputed over all earlier slices that the log holds."""
+        """The version before slice `index`, recomputed over all earlier slices that the log holds.
+
+        UserError where one of them has another version: then another teacher scored it, or it was edited.
+        """
         first = index
         while first - 1 not in self._versions and self.manifest(first - 1) is not None:
             first -= 1
         version = self._versions.get(first - 1, genesis(config_digest))
         for earlier in range(first, index):
             version = next_version(version, config_digest, slice_digest(stream, earlier))
+            found = self.manifest(earlier)
+            assert found is not None
+            if found.extra["version"] != version:
+                raise UserError(
+                    f"{self.folder(index)}/{MANIFEST}: its teacher version does not follow from slice {earlier} (version "
+                    f"{found.extra['version'][:12]}, expected {version[:12]}): the log mixes teachers, or it or the data was "
+                    "edited; score the stream again with one teacher"
+                )
             self._versions[earlier] = version
         return version

@@ -140,7 +140,10 @@ def _set(raw: dict[str, Any], item: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise UserError(f"--set {item}: '{part}' is not a section")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {item}: the value is no YAML ({' '.join(str(error).split())})") from None
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:

@@ -70,6 +70,9 @@ class Job:
         self.ledger_path = f"{root}/ledger.parquet"
         self.progress = Progress(self.slices.start, 0, 0, genesis(config.digest()), 0, 0, 0.0)
         self.publisher = self._publisher()
+        learn = config.distillation.learn
+        # one object for all slices: it remembers the versions that it has checked
+        self.teacher_log = None if learn is None else SupervisionLog(learn.supervision)
         self.learned_ids = 0
         self.bad = False
         self.begun = time.monotonic()
@@ -122,7 +125,8 @@ class Job:
         )
         if learn is None:
             return open_slice(*args)
-        log = SupervisionLog(learn.supervision)
+        log = self.teacher_log
+        assert log is not None
         # rank 0 waits and decides, so that all ranks agree whether the slice is supervised
         found = [log.wait(index, learn.wait_s) is not None] if self.env.rank == 0 else [False]
         dist.broadcast_object_list(found, src=0)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from exfm.sharding.shards import Shard
 
@@ -40,6 +39,28 @@ class OptimConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     dense: DenseOptimConfig = DenseOptimConfig()
     tables: TableOptimConfig = TableOptimConfig()
+
+
+class RowWiseAdagrad(torch.optim.Optimizer):
+    """Row-wise Adagrad of whole tables, in fp32 whatever the dtype of the rows, as FBGEMM's fused one.
+
+    TorchRec's keeps the accumulators in the dtype of the rows: in fp16 squares of small gradients become 0.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, eps: float) -> None:
+        super().__init__(parameters, {"lr": lr, "eps": eps})
+        for p in parameters:
+            self.state[p]["sum"] = torch.zeros(p.shape[0], 1, dtype=torch.float32, device=p.device)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                gradient, total = p.grad.float(), self.state[p]["sum"]
+                total += gradient.square().mean(dim=1, keepdim=True)
+                p.copy_(p.float().addcdiv(gradient, total.sqrt().add_(group["eps"]), value=-group["lr"]))
 
 
 class Optimizers:

@@ -84,8 +84,12 @@ def _write_exit(folder: Path, code: int, message: str, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # the first cause wins: created once, never replaced
         with open(path, "x" if code == FAILED else "w") as f:
-            json.dump({"exit_code": code, "message": message, "rank": rank}, f)
-            f.flush()
-            os.fsync(f.fileno())
+            try:
+                json.dump({"exit_code": code, "message": message, "rank": rank}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            except OSError:
+                path.unlink()  # an empty word is worse than none
+                raise
     except OSError:
         return

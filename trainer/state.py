@@ -47,7 +47,9 @@ def restore_random(state: Partials, device: torch.device) -> None:
 
 def check_identity(found: Committed, config: JobConfig) -> None:
     """UserError lists the settings in which a checkpoint's job and this one differ."""
-    differing = _differences(found.manifest["identity"], config.identity())
+    # evaluation decides no weights, but its sums so far are in the checkpoint
+    saved = found.manifest["identity"] | {"evaluation": found.manifest["config"]["evaluation"]}
+    differing = _differences(saved, config.identity() | {"evaluation": config.evaluation.model_dump(mode="json")})
     if differing:
         raise UserError(
             f"checkpoint {found.folder} is of another config; differing keys: {'; '.join(differing)}; restore these values or "
