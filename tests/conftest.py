@@ -21,8 +21,19 @@ def data_dir() -> Path:
     pytest.skip(message)
 
 
+STRICT = {"trainer", "sharding", "checkpoints", "distillation", "embeddings"}
+# what they warn of is theirs to mend
+THIRD_PARTIES = ("torch", "torchrec", "torchmetrics", "fbgemm_gpu", "tensorboard")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Warnings are errors in the tests of the training core; what needs a GPU is skipped where there is none."""
+    strict = pytest.mark.filterwarnings(
+        "error", "ignore::ResourceWarning", *(rf"ignore:::{name}(\.|$)" for name in THIRD_PARTIES)
+    )
+    for item in items:
+        if item.path.parent.name in STRICT:
+            item.add_marker(strict)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -34,8 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def rank_pool() -> Iterator[RankPool]:
-    pool = RankPool()
+def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()
 

@@ -10,8 +10,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -83,8 +81,8 @@ def _in_group(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_si
 class RankPool:
     """MAX_RANKS rank processes, started at once and used by one call at a time."""
 
-    def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="exfm-ranks-")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.calls = 0
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -102,12 +100,12 @@ class RankPool:
             self.processes.append(process)
 
     def _stacks(self, rank: int) -> Path:
-        return Path(self.folder.name) / f"stacks-{rank}.txt"
+        return self.folder / f"stacks-{rank}.txt"
 
     def __call__(self, n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """fn(*args) on n ranks; their results in order. RankFailed where a rank raises, dies or hangs."""
         self.calls += 1
-        store = str(Path(self.folder.name) / f"store-{self.calls}")
+        store = str(self.folder / f"store-{self.calls}")
         for rank, pipe in enumerate(self.pipes[:n]):
             pipe.send_bytes(pickle.dumps((fn.__module__, fn.__qualname__, args, rank, n, store)))
         answers = self._collect(n, timeout_s)
@@ -165,5 +163,3 @@ class RankPool:
         for process in self.processes:
             process.join(5)
         self._kill()
-        self.folder.cleanup()
-        sys.stdout.flush()

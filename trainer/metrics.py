@@ -48,8 +48,10 @@ class Metrics:
         observed = ~np.isnan(p.labels)
         labels = np.nan_to_num(p.labels).astype(np.float64)
         logits = p.logits.astype(np.float64)
-        probability = 1.0 / (1.0 + np.exp(-logits))
-        loss = np.logaddexp(0.0, logits) - labels * logits
+        # logits of a diverging job may be anything until it is restored
+        with np.errstate(over="ignore", invalid="ignore"):
+            probability = 1.0 / (1.0 + np.exp(-logits))
+            loss = np.logaddexp(0.0, logits) - labels * logits
         w = p.weights[:, None].astype(np.float64) * observed
         sums = np.stack([observed.astype(np.float64), w, w * labels, w * probability, w * loss], axis=2)
         draws = self._draws(p.users) if evaluated and len(self.replicates) else None

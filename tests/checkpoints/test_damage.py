@@ -86,7 +86,7 @@ def test_a_damaged_manifest_is_refused_by_name(stream, tmp_path):
     run(raw, 7)
     path = committed(tmp_path / "run/checkpoints")[-1].folder / "manifest.json"
     path.write_text(path.read_text()[:100])
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest.json is damaged"):
         run(raw)
 
 

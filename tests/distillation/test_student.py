@@ -107,11 +107,12 @@ def test_missing_supervision_is_refused_by_default(ranks, stream, log, tmp_path,
     assert any(isinstance(e, UserError) for e in failed.value.errors.values())
 
 
-def test_a_teacher_that_is_not_scored_there_leaves_rows_masked(stream, tmp_path):
-    """A teacher of one domain scores no other row; its student on all traffic counts the rest as not covered."""
+def test_rows_that_a_teacher_did_not_score_are_masked_and_not_covered(stream, tmp_path):
+    """A teacher of one domain scores no other row; a student of all traffic learns those from labels alone."""
     domains = [{"name": "even", "column": "user", "modulo": 2, "values": [0]}]
     narrow = teacher(tmp_path / "teacher", stream, stream__domains=domains, stream__domain="even")
     run(narrow)
     raw = student(tmp_path / "run", stream, tmp_path / "teacher/supervision/fm", "auxiliary_head")
+    raw = replaced(raw, distillation__learn__on_missing="label_only")
     run(raw)
     assert summary(raw)["covered"] == summary(narrow)["examples"] < summary(raw)["examples"] == sum(ROWS)

@@ -45,7 +45,7 @@ def test_an_unknown_key_of_a_feature_gets_the_nearest_right_one(raw):
 
 
 def test_an_unknown_key_like_no_other_gets_all_that_are_allowed(raw):
-    with pytest.raises(UserError, match="unknown key 'heads.zzz'; allowed: hidden, tasks"):
+    with pytest.raises(UserError, match=r"unknown key 'heads.zzz'; allowed: hidden, tasks"):
         parsed(replaced(raw, heads__zzz=1))
 
 
@@ -68,7 +68,7 @@ def test_a_wrong_value_is_named_with_its_key(change, message, raw):
 
 
 def test_all_mistakes_are_named_at_once(raw):
-    with pytest.raises(UserError, match="run.seed.*optim.tables.lr"):
+    with pytest.raises(UserError, match=r"run.seed.*optim.tables.lr"):
         parsed(replaced(raw, run__seed="x", optim__tables__lr=-1))
 
 
@@ -109,9 +109,9 @@ def test_a_wrong_set_is_named(item, message, tmp_path, raw):
 @pytest.mark.parametrize("text", ["[1, 2]", "run: [", ""])
 def test_a_file_that_is_no_config_is_refused_by_name(text, tmp_path):
     (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(UserError, match="bad.yaml"):
+    with pytest.raises(UserError, match=r"bad.yaml"):
         load_config(tmp_path / "bad.yaml", [], JobConfig)
-    with pytest.raises(UserError, match="gone.yaml does not exist"):
+    with pytest.raises(UserError, match=r"gone.yaml does not exist"):
         load_config(tmp_path / "gone.yaml", [], JobConfig)
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(strea
 def test_a_job_resumed_with_other_bootstrap_replicates_is_refused(stream, tmp_path):
     raw = job(tmp_path / "run", stream)
     run(raw, 1)
-    with pytest.raises(UserError, match="evaluation.bootstrap"):
+    with pytest.raises(UserError, match=r"evaluation.bootstrap"):
         run(replaced(raw, evaluation__bootstrap=7))
 
 
@@ -200,5 +200,5 @@ def test_more_ranks_than_rows_of_a_row_wise_table_are_refused(stream, tmp_path, 
 
 
 def test_sharding_of_an_unknown_table_is_refused(stream, tmp_path):
-    with pytest.raises(UserError, match="sharding.tables names itme, but the tables are"):
+    with pytest.raises(UserError, match=r"sharding.tables names itme, but the tables are"):
         run(job(tmp_path, stream, sharding__tables={"itme": ["row_wise"]}))
