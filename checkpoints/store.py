@@ -81,19 +81,19 @@ def save(
         _write(folder, step, state, partials, manifest)
     except SaveError:
         # an unfinished checkpoint must not keep the disk full
-        _on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+        on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
         raise
-    _on_rank_0(lambda: _clean(root, keep))
+    on_rank_0(lambda: _clean(root, keep))
 
 
 def _write(folder: Path, step: int, state: Mapping[str, Tensor], partials: Partials, manifest: dict[str, Any]) -> None:
-    _on_rank_0(lambda: _make_empty(folder))
+    on_rank_0(lambda: _make_empty(folder))
     _on_all_ranks(folder, lambda: dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder, sync_files=True)))
     own = folder / f"rank-{dist.get_rank():05d}.npz"
     files = _on_all_ranks(folder, lambda: _write_partials(folder, own, partials))
     everything: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everything, files)
-    _on_rank_0(lambda: _commit(folder, step, manifest, [f for part in everything for f in part]))
+    on_rank_0(lambda: _commit(folder, step, manifest, [f for part in everything for f in part]))
 
 
 def _make_empty(folder: Path) -> None:
@@ -194,12 +194,17 @@ def load_partials(found: Committed) -> list[Partials]:
 
 
 def check_files(found: Committed) -> None:
-    """UserError names the first file that is missing or differs in size from the manifest."""
-    for entry in found.manifest["files"]:
+    """UserError names a file that is missing, truncated or changed. The ranks share the reading."""
+    files = found.manifest["files"]
+    for number, entry in enumerate(files):
         path = found.folder / entry["path"]
         if not path.exists() or path.stat().st_size != entry["bytes"]:
             raise UserError(
                 f"checkpoint file {path} is missing or truncated; remove {found.folder} to resume from the commit before it"
+            )
+        if number % dist.get_world_size() == dist.get_rank() and _sha256(path) != entry["sha256"]:
+            raise UserError(
+                f"checkpoint file {path} differs from its checksum; remove {found.folder} to resume from the commit before it"
             )
 
 
@@ -208,17 +213,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _on_rank_0(act: Any) -> None:
-    """Run on rank 0; where it cannot write, SaveError on all ranks. A barrier in effect."""
-    error: list[str | None] = [None]
+def on_rank_0(act: Any) -> None:
+    """Run on rank 0; where it fails, the same error on all ranks: SaveError if it cannot write. A barrier in effect."""
+    error: list[Exception | None] = [None]
     if dist.get_rank() == 0:
         try:
             act()
         except OSError as e:
-            error = [f"cannot write a checkpoint: {e}; the last commit is intact; free some space"]
+            error = [SaveError(f"cannot write a checkpoint: {e}; the last commit is intact; free some space")]
+        except UserError as e:
+            error = [e]
     dist.broadcast_object_list(error, src=0)
-    if error[0]:
-        raise SaveError(error[0])
+    if error[0] is not None:
+        raise error[0]
 
 
 def _on_all_ranks(folder: Path, act: Any) -> Any:

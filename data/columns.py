@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from exfm.data.batch import Batch
@@ -26,8 +26,8 @@ class Domain(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     column: str
-    values: tuple[int, ...]
-    modulo: int | None = None
+    values: tuple[int, ...] = Field(min_length=1)
+    modulo: int | None = Field(None, gt=0)
 
     def mask(self, column: np.ndarray) -> NDArray[np.bool_]:
         return np.isin(column if self.modulo is None else column % self.modulo, self.values)
@@ -53,6 +53,7 @@ class BatchColumns:
     labels: tuple[str, ...]
     domains: tuple[Domain, ...] = ()
     supervision: tuple[tuple[str, ...], ...] = ()
+    own_domain: str | None = None
 
     def of_features(self) -> tuple[str, ...]:
         """Columns to decode from the features files (the projection)."""
@@ -70,7 +71,7 @@ def make_batch(table: pa.Table, rows: np.ndarray, size: int, want: BatchColumns,
     users = table.column(want.schema.user).to_numpy() if want.schema.user else ids
     weights = table.column(want.schema.weight).to_numpy() if want.schema.weight else np.ones(n, np.float32)
     domain = np.full(n, -1, np.int32)
-    for index in reversed(range(len(want.domains))):
+    for index in _last_to_first(want):
         domain[want.domains[index].mask(table.column(want.domains[index].column).to_numpy())] = index
     plain = [f for f in want.sparse if f.weights is None]
     weighted = [f for f in want.sparse if f.weights is not None]
@@ -89,6 +90,12 @@ def make_batch(table: pa.Table, rows: np.ndarray, size: int, want: BatchColumns,
         supervision=supervision,
         supervision_mask=mask,
     )
+
+
+def _last_to_first(want: BatchColumns) -> list[int]:
+    """Indexes of the domains, the one that counts last: the job's own, else the first match."""
+    order = list(reversed(range(len(want.domains))))
+    return sorted(order, key=lambda i: want.domains[i].name == want.own_domain)
 
 
 def _padded(values: np.ndarray, size: int, fill: float) -> torch.Tensor:

@@ -42,16 +42,14 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def logit_column(teacher: str, task: str) -> str:
-    return f"{teacher}/{task}"
+def logit_column(task: str) -> str:
+    return f"logit/{task}"
 
 
-def write_supervision_part(
-    fs: Filesystem, folder: str, like: Part, teacher: str, tasks: tuple[str, ...], logits: np.ndarray
-) -> Part:
+def write_supervision_part(fs: Filesystem, folder: str, like: Part, tasks: tuple[str, ...], logits: np.ndarray) -> Part:
     """Write the logits [rows, tasks] of one part (NaN: not scored), mirroring the row groups of the data's part."""
     fs.makedirs(folder, exist_ok=True)
-    columns = {logit_column(teacher, t): pa.array(logits[:, i], from_pandas=True) for i, t in enumerate(tasks)}
+    columns = {logit_column(t): pa.array(logits[:, i], from_pandas=True) for i, t in enumerate(tasks)}
     return write_part(fs, folder, like.path, pa.table(columns), like.row_groups)
 
 
@@ -105,8 +103,8 @@ class SupervisionLog:
             raise UserError(
                 f"{self.root} has no predictions for task(s) {', '.join(missing)}, only {manifest.extra['tasks']}"
             )
-        columns = tuple(logit_column(manifest.extra["teacher"], t) for t in tasks)
-        return AlignedFiles(self.fs, self.folder(index), manifest, columns)
+        types = {logit_column(t): pa.float32() for t in manifest.extra["tasks"]}
+        return AlignedFiles(self.fs, self.folder(index), manifest, tuple(logit_column(t) for t in tasks), types)
 
     def check(self, stream: Stream, manifest: SliceManifest) -> None:
         """Leak check. UserError where the manifest breaks the version chain or a file differs from its checksum."""
@@ -116,6 +114,10 @@ class SupervisionLog:
             raise UserError(
                 f"{where} is not supervision of stream '{stream.schema.name}'; point distillation.learn at its log"
             )
+        if lacking := sorted(
+            {"teacher", "tasks", "scored_by", "parent", "version", "config", "watermark"} - set(extra)
+        ):
+            raise UserError(f"{where} lacks {', '.join(lacking)}; it was edited or damaged; score the slice again")
         if extra["watermark"] >= index or extra["scored_by"] != extra["parent"]:
             raise UserError(
                 f"{where}: the teacher that scored slice {index} had already trained on slice {extra['watermark']}; such "

@@ -8,9 +8,9 @@ from exfm.data.commit import open_folder
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.data.reader import SliceReader, open_slice, slices_of
+from exfm.trainer.columns import batch_columns
 from exfm.trainer.config import JobConfig, load_config
 from exfm.trainer.ledger import audit, read_ledger
-from exfm.trainer.loop import batch_columns
 
 
 def audit_run(run: Path) -> dict[str, Any]:

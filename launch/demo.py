@@ -1,6 +1,7 @@
 """`exfm demo`: the whole loop, small: one teacher over all traffic, two students of one domain each, a report."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def make_stream(source: str, out: Path, on: OnProgress) -> None:
     """Prepare the stream unless it is complete already."""
     if (out / "stream.json").exists() and open_stream(str(out)).info.num_slices:
         return
+    if any(out.glob("slice=*")):  # an interrupted preparation, of use to nobody
+        shutil.rmtree(out)
     if source == "synth":
         synth(str(out), num_slices=30, rows_per_slice=20_000, seed=0, progress=on)
     else:

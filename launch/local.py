@@ -1,10 +1,14 @@
 """Running jobs on this machine through torchrun, watching them and saying how they ended."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ class LocalJob:
     nproc: int = 1
     sets: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    asked: bool = False
     _read: int = 0
     last: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -60,7 +65,10 @@ class LocalJob:
         # one thread per rank unless the user says otherwise: ranks share the cores
         env = {"OMP_NUM_THREADS": str(self.job.run.threads_per_rank), **environment}
         with open(logs / "torchrun.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            # a session of its own: Ctrl-C reaches the launcher alone, which asks the ranks to commit
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
 
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -68,7 +76,13 @@ class LocalJob:
     def stop(self) -> None:
         """Ask the ranks to commit and stop."""
         if self.process is not None and self.running():
+            self.asked = True
             self.process.terminate()
+
+    def kill(self) -> None:
+        """End torchrun and its ranks at once; what was committed stays."""
+        if self.process is not None and self.running():
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def refresh(self) -> dict[str, Any] | None:
         """The newest line of metrics.jsonl since the last call, or None."""
@@ -95,6 +109,8 @@ class LocalJob:
             return int(word["exit_code"]), str(word["message"])
         if self.process.returncode == 0:
             return 0, ""
+        if self.asked:  # stopped before a rank had begun: nothing was trained, nothing is lost
+            return 75, ""
         tail = (self.folder / "logs" / "torchrun.log").read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return (
             1,
@@ -110,36 +126,62 @@ def run_jobs(jobs: Sequence[LocalJob], environment: Mapping[str, str], view: Any
     """
     for job in jobs:
         job.check()
-    failed: tuple[LocalJob, int, str] | None = None
-    stopped = False
-    try:
-        for job in jobs:
-            job.start(environment)
-        waiting = list(jobs)
-        while waiting:
-            time.sleep(poll_s)
-            for job in list(waiting):
-                if line := job.refresh():
-                    view.update(job, line)
-                if job.running():
-                    continue
-                waiting.remove(job)
-                code, message = job.outcome()
-                view.ended(job, code)
-                stopped |= code == 75
-                if code not in (0, 75) and failed is None:
-                    failed = (job, code, message)
-                    for other in waiting:
-                        other.stop()
-    except KeyboardInterrupt:
-        for job in jobs:
-            job.stop()
-        for job in jobs:
-            if job.process is not None:
+    failed: list[tuple[LocalJob, int, str]] = []
+    codes: list[int] = []
+    waiting: list[LocalJob] = []
+    with _stop_on_signal(jobs):
+        try:
+            for job in jobs:
+                job.start(environment)
+                waiting.append(job)
+            while waiting:
+                time.sleep(poll_s)
+                for job in list(waiting):
+                    if line := job.refresh():
+                        view.update(job, line)
+                    if job.running():
+                        continue
+                    waiting.remove(job)
+                    code, message = job.outcome()
+                    view.ended(job, code)
+                    codes.append(code)
+                    if code not in (0, 75):
+                        failed.append((job, code, message))
+                        for other in waiting:
+                            other.stop()
+        finally:  # whatever happens here, no job is left behind
+            for job in waiting:
+                job.stop()
+            for job in waiting:
+                assert job.process is not None
                 job.process.wait()
-        return 75
-    if failed is not None:
-        job, code, message = failed
+    if failed:
+        job, code, message = failed[0]
         text = f"{job.name}: {message}"
         raise UserError(text) if code == 2 else RuntimeError(text)
-    return 75 if stopped else 0
+    return 75 if 75 in codes else 0
+
+
+@contextmanager
+def _stop_on_signal(jobs: Sequence[LocalJob]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP ask all jobs to commit and stop; a second one ends them at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        for job in jobs:
+            if len(asked) > 1:
+                job.kill()
+            else:
+                job.stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, ask) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -18,7 +18,7 @@ def plan_config(
     """(plan rows, text lines) of a job's tables on world_size ranks. UserError where no plan is possible."""
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device is '{device}'; use cpu or cuda")
-    if world_size < 1 or (world_size > gpus_per_node and world_size % gpus_per_node):
+    if gpus_per_node < 1 or world_size < 1 or (world_size > gpus_per_node and world_size % gpus_per_node):
         raise UserError(f"--world-size {world_size} is not a whole number of nodes of {gpus_per_node} ranks")
     job = load_config(config, sets, JobConfig)
     check_features(job.features, job.tables)

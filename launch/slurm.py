@@ -107,6 +107,7 @@ def write_sbatch(job: SlurmJob) -> str:
 def write_script(job: SlurmJob, path: Path) -> Path:
     """Write the script, and the folder of its logs, without which SLURM drops the job silently."""
     (job.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(write_sbatch(job))
     path.chmod(0o755)
     return path

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -17,6 +18,8 @@ from exfm.embeddings.config import TableConfig
 from exfm.sharding.config import ShardingConfig
 
 GIB = 2**30
+# tables in device memory (or on CPU); rows cached from host memory would have to be flushed before every save
+KERNELS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
 RESERVED = 0.15  # share of memory kept for the dense part and activations
 
 # it advises a factory for fleets whose hardware it looks up; ours comes from the config
@@ -75,7 +78,9 @@ def _constraints(model: nn.Module, config: ShardingConfig, world_size: int) -> d
                 f"table '{name}' has {table.num_embeddings} rows, too few for {' or '.join(allowed)} over {world_size} ranks; "
                 f"use at most {table.num_embeddings} ranks or allow data_parallel or table_wise for it (sharding.tables.{name})"
             )
-        constraints[name] = ParameterConstraints(sharding_types=possible, min_partition=config.min_column_shard)
+        constraints[name] = ParameterConstraints(
+            sharding_types=possible, compute_kernels=list(KERNELS), min_partition=config.min_column_shard
+        )
     return constraints
 
 

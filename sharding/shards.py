@@ -3,7 +3,7 @@
 TorchRec's own keys and shapes differ between sharding types; everything that saves, loads or fills tables uses these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,3 +54,13 @@ def _dense(kernel: BatchedDenseEmbeddingBag, sharded: ShardedEmbeddingBagCollect
     for table, weight in zip(kernel.config.embedding_tables, kernel.split_embedding_weights(), strict=True):
         parameter: Any = sharded.embedding_bags[table.name].weight
         yield Shard(table.name, weight.detach(), None, 0, 0, parameter)
+
+
+def check_shards(shards: Sequence[Shard], plan: Sequence[dict[str, Any]], rank: int) -> None:
+    """Assert that every shard that the plan puts on this rank was found: one that is missed would never be saved."""
+    whole = {(row["table"], 0, 0) for row in plan if row["sharding_type"] == "data_parallel"}
+    planned = {(row["table"], *s["offsets"]) for row in plan for s in row["shards"] if s["rank"] == rank} | whole
+    found = {(s.table, s.row, s.column) for s in shards}
+    assert found == planned, (
+        f"rank {rank}: planned shards {sorted(planned - found)} not found, {sorted(found - planned)} extra"
+    )

@@ -21,7 +21,7 @@ from exfm.models.build import build_backbone
 from exfm.models.heads import Head
 from exfm.models.interface import InputSpec
 from exfm.sharding.planner import TableSharder, describe, plan_tables
-from exfm.sharding.shards import Shard, local_shards
+from exfm.sharding.shards import Shard, check_shards, local_shards
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, Served, TrainModule
@@ -76,6 +76,7 @@ def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
         init_data_parallel=False,
     )
     shards = list(local_shards(model))
+    check_shards(shards, describe(plan), env.rank)
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
     # the dense engine comes after the tables are sharded: it must not see their parameters

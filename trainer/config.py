@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from exfm.data.errors import UserError
 from exfm.data.manifest import Stream
@@ -46,7 +46,7 @@ class HeadsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     tasks: tuple[str, ...] = Field(min_length=1)
-    hidden: tuple[int, ...] = ()
+    hidden: tuple[PositiveInt, ...] = ()
 
 
 class DenseEngineConfig(BaseModel):
@@ -199,6 +199,9 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
             raise UserError(
                 f"domain '{domain.name}' is cut by '{domain.column}', a list column; use a column with one id"
             )
+    names = [d.name for d in config.stream.domains]
+    if len(set(names)) < len(names) or "all" in names:
+        raise UserError(f"stream.domains are named {', '.join(names)}; give each its own name, other than 'all'")
     config.stream.own_domain()
     slices_of(stream, config.stream)
     if config.distillation.publish and config.stream.shuffle_window > 1:

@@ -17,7 +17,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class RankEnv:
-    """This process among the ranks of a job. One rank of one without torchrun."""
+    """This process among the ranks of a job. One rank of one without torchrun. run_id: torchrun's name of this launch."""
 
     rank: int = 0
     world_size: int = 1
@@ -25,6 +25,7 @@ class RankEnv:
     local_world_size: int = 1
     attempt: int = 0
     launched: bool = False
+    run_id: str = ""
 
 
 def rank_env() -> RankEnv:
@@ -39,6 +40,7 @@ def rank_env() -> RankEnv:
         local_world_size=int(e.get("LOCAL_WORLD_SIZE", e["WORLD_SIZE"])),
         attempt=int(e.get("TORCHELASTIC_RESTART_COUNT", "0")),
         launched=True,
+        run_id=e.get("TORCHELASTIC_RUN_ID", ""),
     )
 
 
@@ -47,6 +49,8 @@ def pick_device(choice: DeviceChoice, env: RankEnv) -> torch.device:
     count = torch.cuda.device_count()
     if choice == "cpu" or (choice == "auto" and count == 0):
         return torch.device("cpu")
+    if count == 0:
+        raise UserError("run.device is cuda, but no CUDA device is found; set run.device: cpu or see `exfm doctor`")
     if env.local_rank >= count:
         raise UserError(
             f"local rank {env.local_rank} has no CUDA device of its own ({count} found); start at most {count} rank(s) per node "

@@ -51,7 +51,7 @@ def audit(entries: list[Entry], slices: range, open_reader: Callable[[int], Slic
     done = []
     for index in slices:
         mine = [e for e in entries if e.slice == index]
-        if not mine:
+        if index > max((e.slice for e in entries), default=-1):
             break
         reader = open_reader(index)
         ids = reader.source.column(reader.columns.schema.id)

@@ -3,24 +3,24 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from exfm.checkpoints.store import committed, load, load_partials, save
-from exfm.data.columns import BatchColumns
+from exfm.checkpoints.store import committed, load, load_partials, on_rank_0, save
 from exfm.data.commit import commit_json, open_folder
+from exfm.data.errors import UserError
 from exfm.data.hashing import id_sum
-from exfm.data.manifest import SliceManifest, Stream, open_stream
+from exfm.data.manifest import Stream, open_stream
 from exfm.data.reader import SliceReader, ahead, open_slice, slices_of
-from exfm.data.source import AlignedFiles
-from exfm.distillation.supervision import SupervisionLog, genesis, logit_column
-from exfm.embeddings.ids import sparse_inputs
+from exfm.distillation.supervision import SupervisionLog, genesis
 from exfm.sharding.planner import plan_table
 from exfm.trainer.build import build
+from exfm.trainer.columns import batch_columns
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
 from exfm.trainer.ledger import Entry, read_ledger, write_ledger
@@ -28,8 +28,9 @@ from exfm.trainer.log import RunLog
 from exfm.trainer.metrics import Metrics, Predictions
 from exfm.trainer.publish import Publisher
 from exfm.trainer.state import canonical_state, check_identity, random_state, restore_random
-from exfm.trainer.steps import Feed, HostCopies, Pipeline
+from exfm.trainer.steps import PIPELINES, Feed, HostCopies, Pipeline
 from exfm.trainer.summary import slice_line, write_summary
+from exfm.trainer.waiting import wait_together
 
 
 class NonFiniteLoss(RuntimeError):
@@ -59,7 +60,6 @@ class Job:
         self.slices = slices_of(self.stream, config.stream)
         self.first_evaluated = self.slices.start + int(np.ceil(config.evaluation.skip * len(self.slices)))
         self.columns = batch_columns(config, self.stream)
-        self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
         self.built = build(config, env, device)
         self.state = canonical_state(self.built, config, device)
         self.pipeline = Pipeline(config.run.pipeline, self.built, device)
@@ -76,6 +76,7 @@ class Job:
         self.learned_ids = 0
         self.bad = False
         self.begun = time.monotonic()
+        self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
 
     def _new_metrics(self) -> Metrics:
         return Metrics(len(self.config.stream.domains), len(self.config.heads.tasks), self.config.evaluation.bootstrap)
@@ -90,10 +91,16 @@ class Job:
     # ---------------------------------------------------------------- training
 
     def train(self) -> bool:
-        """Train to the end; False if it stopped early with everything committed."""
+        """Train to the end; False if it stopped early with everything committed. A finished job stays as it is."""
         self._announce()
+        if self.progress.slice == self.slices.stop and (self.folder / "summary.json").exists():
+            self.log.say("finished before; nothing to do")
+            return True
         while self.progress.slice < self.slices.stop:
             reader = self.open(self.progress.slice)
+            if reader is None:
+                self.commit()
+                return False
             while self.progress.consumed < reader.examples:
                 self._segment(reader)
                 stopping = self._agree()
@@ -111,33 +118,29 @@ class Job:
         write_summary(self)
         return True
 
-    def open(self, index: int) -> SliceReader:
-        """This rank's reader of a slice, with supervision beside it where the job learns from a teacher."""
-        learn = self.config.distillation.learn
-        args = (
-            self.stream,
-            self.config.stream,
-            self.columns,
-            index,
-            self.config.run.seed,
-            self.env.rank,
-            self.env.world_size,
-        )
-        if learn is None:
-            return open_slice(*args)
-        log = self.teacher_log
-        assert log is not None
-        # rank 0 waits and decides, so that all ranks agree whether the slice is supervised
-        found = [log.wait(index, learn.wait_s) is not None] if self.env.rank == 0 else [False]
-        dist.broadcast_object_list(found, src=0)
-        if not found[0] and learn.on_missing == "label_only":
-            self.log.say(f"slice {index}: no supervision after {learn.wait_s:g} s, learning from labels only")
-            return open_slice(*args)
-
-        def sidecar(features: SliceManifest) -> AlignedFiles:
-            return log.open_checked(self.stream, features, self.config.heads.tasks)
-
-        return open_slice(*args, sidecar=sidecar)
+    def open(self, index: int) -> SliceReader | None:
+        """This rank's reader of a slice, with supervision beside it where the job learns from a teacher; None to stop."""
+        config, learn = self.config.stream, self.config.distillation.learn
+        wait_s = config.wait_s if config.on_missing == "wait" else 0.0
+        kinds: tuple[Literal["features", "labels"], ...] = ("features", "labels")
+        ready = wait_together(lambda: all(self.stream.manifest(index, k) for k in kinds), wait_s, self.should_stop)
+        if ready == "stop":
+            return None
+        for kind in kinds:  # says what is missing where the wait was in vain
+            self.stream.wait(index, kind, 0.0)
+        sidecar = None
+        if learn is not None:
+            log = self.teacher_log
+            assert log is not None
+            ready = wait_together(lambda: log.manifest(index) is not None, learn.wait_s, self.should_stop)
+            if ready == "stop":
+                return None
+            if ready == "ready" or learn.on_missing == "fail":
+                sidecar = partial(log.open_checked, self.stream, tasks=self.config.heads.tasks)
+            else:
+                self.log.say(f"slice {index}: no supervision after {learn.wait_s:g} s, learning from labels only")
+        seed, rank, world_size = self.config.run.seed, self.env.rank, self.env.world_size
+        return open_slice(self.stream, config, self.columns, index, seed, rank, world_size, sidecar)
 
     def _segment(self, reader: SliceReader) -> None:
         """Train from the present position to the next commit point; the pipeline is empty afterwards."""
@@ -154,7 +157,9 @@ class Job:
                 self._consume(drain=False)
                 self.progress.step += 1
                 steps += 1
+                before = self.progress.consumed
                 self.progress.consumed = min(start + steps * reader.global_batch, stop)
+                self.progress.examples += self.progress.consumed - before
                 self._line(reader)
                 if steps % self.config.run.nan_check_steps == 0:
                     if check is not None and self._read(*check):
@@ -187,11 +192,20 @@ class Job:
             )
             self.metrics.add(predictions, self.progress.slice >= self.first_evaluated)
             self.learned_ids = (self.learned_ids + id_sum(ids)) % 2**64
-            self.progress.examples += len(ids)
             if batch.supervision_mask is not None:
-                self.progress.covered += int(batch.supervision_mask.numpy()[real].all(axis=1).sum())
+                self._cover(ids, batch.supervision_mask.all(dim=1).numpy()[real])
             if self.publisher is not None:
                 self.publisher.add(batch.rows.numpy()[real], predictions.logits.copy())
+
+    def _cover(self, ids: np.ndarray, found: np.ndarray) -> None:
+        """Count examples with a prediction; UserError for one without where the job must have them all."""
+        learn = self.config.distillation.learn
+        if learn is not None and learn.on_missing == "fail" and not found.all():
+            raise UserError(
+                f"{learn.supervision} has no prediction for example {ids[~found][0]} of slice {self.progress.slice}; score it or "
+                "set distillation.learn.on_missing: label_only"
+            )
+        self.progress.covered += int(found.sum())
 
     def _flags(self) -> tuple[torch.Tensor, Any]:
         """Start agreeing over ranks on (loss not finite, stop asked for)."""
@@ -230,13 +244,12 @@ class Job:
 
     def commit(self) -> None:
         """Ledger first, then the checkpoint whose manifest says how much of the ledger counts."""
-        if self.env.rank == 0:
-            write_ledger(self.ledger_fs, self.ledger_path, self.entries)
         p = self.progress
+        on_rank_0(lambda: write_ledger(self.ledger_fs, self.ledger_path, self.entries))
         p.seconds += time.monotonic() - self.begun
         self.begun = time.monotonic()
         partials = {f"metrics/{k}": v for k, v in self.metrics.state().items()} | random_state(self.device)
-        counts = {"progress/covered": np.array(p.covered), "progress/examples": np.array(p.examples)}
+        counts = {"progress/covered": np.array(p.covered)}
         if self.publisher is not None:
             partials |= {f"publish/{k}": v for k, v in self.publisher.state().items()}
         manifest = {
@@ -248,6 +261,7 @@ class Job:
             "optimizer_steps": self.built.optimizers.steps,
             "ledger_entries": len(self.entries),
             "first_evaluated": self.first_evaluated,
+            "examples": p.examples,
             "seconds": p.seconds,
         }
         save(self.folder / "checkpoints", p.step, self.state, partials | counts, manifest, self.config.checkpoint.keep)
@@ -262,18 +276,21 @@ class Job:
         load(newest, self.state)
         m, p = newest.manifest, self.progress
         p.slice, p.consumed, p.step = m["position"]["slice"], m["position"]["consumed"], newest.step
-        p.version, p.seconds = m["version"], m["seconds"]
+        p.version, p.seconds, p.examples = m["version"], m["seconds"], m["examples"]
+        if p.slice > self.slices.stop:
+            raise UserError(
+                f"{newest.folder} has trained slices up to {p.slice}; stream.last {self.slices.stop} is before that"
+            )
         if p.slice > m["first_evaluated"]:  # an evaluation that has begun keeps its window when stream.last changes
             self.first_evaluated = m["first_evaluated"]
         self.built.optimizers.steps = m["optimizer_steps"]
         self.entries = read_ledger(self.ledger_fs, self.ledger_path)[: m["ledger_entries"]]
         share = load_partials(newest)
-        for partial in share:
-            self.metrics.merge({k: partial[f"metrics/{k}"] for k in self.metrics.state()})
-            p.covered += int(partial["progress/covered"])
-            p.examples += int(partial["progress/examples"])
+        for partials in share:
+            self.metrics.merge({k: partials[f"metrics/{k}"] for k in self.metrics.state()})
+            p.covered += int(partials["progress/covered"])
             if self.publisher is not None:
-                self.publisher.add(partial["publish/rows"], partial["publish/logits"])
+                self.publisher.add(partials["publish/rows"], partials["publish/logits"])
         if m["world_size"] == self.env.world_size:
             restore_random(share[0], self.device)
         self.log.say(f"resumed from {newest.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
@@ -287,7 +304,7 @@ class Job:
         if self.env.rank == 0:
             commit_json(self.ledger_fs, str((self.folder / "plan.json").absolute()), self.built.plan)
         self.log.say(
-            f"{self.env.world_size} rank(s) on {self.device.type}, pipeline {type_name(self.config.run.pipeline)}, dense engine "
+            f"{self.env.world_size} rank(s) on {self.device.type}, pipeline {PIPELINES[self.config.run.pipeline].__name__}, dense engine "
             f"{self.config.dense_engine.kind}; {rows:,} table and {size.num_parameters:,} dense parameters, "
             f"{size.flops_per_example:,} FLOP per example forward"
         )
@@ -297,24 +314,3 @@ class Job:
     def _line(self, reader: SliceReader) -> None:
         if self.log.due():
             slice_line(self, reader)
-
-
-def type_name(pipeline: str) -> str:
-    return {"base": "TrainPipelineBase", "sparse_dist": "TrainPipelineSparseDist"}[pipeline]
-
-
-def batch_columns(config: JobConfig, stream: Stream) -> BatchColumns:
-    """What the job reads of every example."""
-    learn = config.distillation.learn
-    supervision: tuple[tuple[str, ...], ...] = ()
-    if learn is not None:
-        teacher = learn.supervision.rstrip("/").rsplit("/", 1)[-1]
-        supervision = (tuple(logit_column(teacher, t) for t in config.heads.tasks),)
-    return BatchColumns(
-        schema=stream.schema,
-        dense=tuple((d.name, d.log1p) for d in config.features.dense),
-        sparse=sparse_inputs(config.features, config.tables, stream.schema),
-        labels=config.heads.tasks,
-        domains=config.stream.domains,
-        supervision=supervision,
-    )

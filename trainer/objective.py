@@ -101,7 +101,7 @@ class Objective(nn.Module):
         total = batch.weights.sum()
         dist.all_reduce(total)
         # a step whose examples all weigh 0 has loss 0
-        scale = dist.get_world_size() / total.clamp(min=torch.finfo(total.dtype).tiny)
+        scale = torch.where(total > 0, dist.get_world_size() / total, 0.0)
         loss = label_loss(logits, batch.labels, batch.weights)
         if self.learn is not None:
             loss = loss + self.learn.loss_weight * self._distillation(batch, logits, x, scale)

@@ -5,13 +5,15 @@ because TorchRec drops the fused one there without a word. Dense part: Adam or A
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from exfm.sharding.shards import Shard
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DenseOptimConfig(BaseModel):
@@ -20,7 +22,7 @@ class DenseOptimConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["adam", "adamw"] = "adam"
     lr: float = Field(0.001, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)

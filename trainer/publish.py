@@ -59,9 +59,7 @@ class Publisher:
                 full = np.full((part.rows, len(self.tasks)), np.nan, np.float32)
                 full[rows[own] - first] = logits[own]
                 folder = self.log.folder(features.slice)
-                parts.append(
-                    (number, write_supervision_part(self.log.fs, folder, part, self.teacher, self.tasks, full))
-                )
+                parts.append((number, write_supervision_part(self.log.fs, folder, part, self.tasks, full)))
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, parts)
         if dist.get_rank() == 0:

@@ -14,6 +14,7 @@ from exfm.trainer.build import Built
 from exfm.trainer.objective import StepOutput
 
 COPIES_IN_FLIGHT = 2
+PIPELINES: dict[str, Any] = {"base": TrainPipelineBase, "sparse_dist": TrainPipelineSparseDist}
 
 
 class Feed(Iterator[Batch]):

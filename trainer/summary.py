@@ -48,8 +48,8 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> None:
         "slice": p.slice,
         "slices": num_slices,
         "share": share,
-        "examples": p.examples * job.env.world_size,
-        "examples_per_s": p.examples * job.env.world_size / max(seconds, 1e-9),
+        "examples": p.examples,
+        "examples_per_s": p.examples / max(seconds, 1e-9),
         "ne_so_far": so_far,
         "seconds_left": seconds * (1 - share) / max(share, 1e-9),
         "lr": job.built.optimizers.lr,
@@ -69,7 +69,7 @@ def write_summary(job: "Job") -> None:
     p = job.progress
     total, histogram = _merged(job.metrics.total), _merged(job.metrics.histogram)
     replicates = _merged(job.metrics.replicates)
-    counts = _merged(np.array([p.examples, p.covered], np.int64))
+    covered = int(_merged(np.array([p.covered], np.int64))[0])
     groups = _by_group(job, total)
     for g, group in enumerate(_groups(job)):
         for t, task in enumerate(job.config.heads.tasks):
@@ -84,10 +84,10 @@ def write_summary(job: "Job") -> None:
         "stream": job.stream.root,
         "slices": [job.slices.start, job.slices.stop],
         "evaluated_from": job.first_evaluated,
-        "examples": int(counts[0]),
-        "covered": int(counts[1]),
+        "examples": p.examples,
+        "covered": covered,
         "seconds": seconds,
-        "examples_per_s": float(counts[0] / max(seconds, 1e-9)),
+        "examples_per_s": float(p.examples / max(seconds, 1e-9)),
         "world_size": job.env.world_size,
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "dense_parameters": size.num_parameters,
@@ -103,4 +103,4 @@ def write_summary(job: "Job") -> None:
     np.savez(f"{root}/bootstrap.npz", **ne)
     commit_json(fs, f"{root}/summary.json", summary)
     main = groups["all"][job.config.heads.tasks[0]]
-    job.log.say(f"done: {int(counts[0]):,} examples, NE {main['ne']:.4f}, AUC {main['auc']:.4f}, {seconds:.0f} s")
+    job.log.say(f"done: {p.examples:,} examples, NE {main['ne']:.4f}, AUC {main['auc']:.4f}, {seconds:.0f} s")

@@ -1,0 +1,24 @@
+"""What a job reads of every example."""
+
+from exfm.data.columns import BatchColumns
+from exfm.data.manifest import Stream
+from exfm.distillation.supervision import logit_column
+from exfm.embeddings.ids import sparse_inputs
+from exfm.trainer.config import JobConfig
+
+
+def batch_columns(config: JobConfig, stream: Stream) -> BatchColumns:
+    """What the job reads of every example."""
+    learn = config.distillation.learn
+    supervision: tuple[tuple[str, ...], ...] = ()
+    if learn is not None:
+        supervision = (tuple(logit_column(t) for t in config.heads.tasks),)
+    return BatchColumns(
+        schema=stream.schema,
+        dense=tuple((d.name, d.log1p) for d in config.features.dense),
+        sparse=sparse_inputs(config.features, config.tables, stream.schema),
+        labels=config.heads.tasks,
+        domains=config.stream.domains,
+        own_domain=config.stream.domain,
+        supervision=supervision,
+    )
