@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,13 +24,15 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
+from exfm.data.errors import UserError
 from exfm.launch.demo import CONFIGS, find_source, make_stream
-from exfm.trainer.config import JobConfig, parse_config
+from exfm.trainer.config import JobConfig, load_config, parse_config
 from exfm.trainer.env import RankEnv
 from exfm.trainer.run import run_job
 
 TASK, REPORTED, TUNED_ON = "liked", "d3", "d7"
 TUNING_SEED = 1000
+TRIALS = 12  # per arm: all of GRID, or as many draws from GRID x LOSS_WEIGHT
 GRID = {"optim.tables.lr": [0.05, 0.1, 0.2, 0.4], "optim.dense.lr": [0.001, 0.002, 0.004]}
 LOSS_WEIGHT = {"distillation.learn.loss_weight": [0.3, 1.0, 3.0]}
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -56,26 +59,28 @@ class Run:
 
 def main(args: list[str], data_dir: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog="exfm bench distill", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="12 tuning trials per arm instead of 36")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="5 seeds instead of 10")
+    parser.add_argument("--seeds", type=int, help="number of seeds, at least 2")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/distill"))
     options = parser.parse_args(args)
-    trials = 12 if options.quick else 36
+    seeds = options.seeds or (5 if options.quick else 10)
+    if seeds < 2:
+        raise UserError(f"--seeds is {seeds}; a deviation needs at least 2")
     begun = time.monotonic()
     stream = options.out / "stream"
     make_stream(
         find_source("ml1m" if not data_dir else None, data_dir, options.out, console.print, _quiet), stream, _quiet
     )
     bench = Bench(options.out, stream)
-    teachers = [bench.teacher(seed) for seed in _track(range(options.seeds), "teachers")]
-    best = {arm: bench.tune(arm, trials, teachers[0]) for arm in _track(ARMS, "tuning")}
+    teachers = [bench.teacher(seed) for seed in _track(range(seeds), "teachers")]
+    best = {arm: bench.tune(arm, TRIALS, teachers[0]) for arm in _track(ARMS, "tuning")}
     runs = {
-        arm: [bench.student(arm, REPORTED, seed, best[arm], teachers[seed]) for seed in range(options.seeds)]
+        arm: [bench.student(arm, REPORTED, seed, best[arm], teachers[seed]) for seed in range(seeds)]
         for arm in _track(ARMS, "reported runs")
     }
     teacher_runs = [_read(folder, REPORTED) for folder in teachers]
     logged = sum(f.stat().st_size for f in (teachers[0] / "supervision").rglob("*.parquet"))
-    result = summarise(runs, teacher_runs, best, trials, options.seeds, logged, time.monotonic() - begun)
+    result = summarise(runs, teacher_runs, best, TRIALS, seeds, logged, time.monotonic() - begun)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "distill.json").write_text(json.dumps(result, indent=1))
     text = markdown(result)
@@ -131,8 +136,6 @@ class Bench:
         return _read(self.out / "students" / name, domain)
 
     def _run(self, config: dict[str, Any], folder: Path, changes: dict[str, Any]) -> None:
-        if (folder / "summary.json").exists():
-            return
         raw = json.loads(json.dumps(config))
         changes = {
             "run.folder": str(folder),
@@ -147,8 +150,13 @@ class Bench:
             for part in path:
                 node = node.setdefault(part, {})
             node[last] = value
+        job = parse_config(raw, str(folder), JobConfig)
+        if (folder / "summary.json").exists():
+            if load_config(folder / "config.yaml", [], JobConfig).identity() == job.identity():
+                return
+            shutil.rmtree(folder)
         with contextlib.redirect_stderr(io.StringIO()):
-            run_job(parse_config(raw, str(folder), JobConfig), RankEnv())
+            run_job(job, RankEnv())
 
 
 def _read(folder: Path, group: str) -> Run:

@@ -125,6 +125,10 @@ class SupervisionLog:
             )
         parent = self._parent(stream, index, extra["config"])
         if extra["parent"] != parent:
+            if (gap := self._gap(index)) is not None:
+                raise UserError(
+                    f"{where} cannot be checked: the log has no slice {gap}, which its version follows from"
+                )
             raise UserError(
                 f"{where}: its teacher version does not follow from slice {index - 1} (parent {extra['parent'][:12]}, expected "
                 f"{parent[:12]}): the log mixes teachers or was edited; score the stream again with one teacher"
@@ -141,6 +145,12 @@ class SupervisionLog:
                     f"{path} differs from the checksum in its manifest; it was edited or damaged; score it again"
                 )
         self._versions[index] = extra["version"]
+
+    def _gap(self, index: int) -> int | None:
+        """The newest slice before `index` that the log lacks although it has an earlier one."""
+        held = [int(path.rsplit("=", 1)[1]) for path in self.fs.glob(f"{self.root}/slice=*")]
+        missing = set(range(min(held, default=index), index)) - {i for i in held if self.manifest(i) is not None}
+        return max(missing, default=None)
 
     def _parent(self, stream: Stream, index: int, config_digest: str) -> str:
         """The version before slice `index`, recomputed over all earlier slices that the log holds.
