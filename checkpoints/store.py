@@ -194,18 +194,19 @@ def load_partials(found: Committed) -> list[Partials]:
 
 
 def check_files(found: Committed) -> None:
-    """UserError names a file that is missing, truncated or changed. The ranks share the reading."""
-    files = found.manifest["files"]
-    for number, entry in enumerate(files):
-        path = found.folder / entry["path"]
-        if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"checkpoint file {path} is missing or truncated; remove {found.folder} to resume from the commit before it"
-            )
-        if number % dist.get_world_size() == dist.get_rank() and _sha256(path) != entry["sha256"]:
-            raise UserError(
-                f"checkpoint file {path} differs from its checksum; remove {found.folder} to resume from the commit before it"
-            )
+    """UserError, the same on all ranks, names a file that is missing, truncated or changed. The ranks share the reading."""
+    mine = found.manifest["files"][dist.get_rank() :: dist.get_world_size()]
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, next(filter(None, (_problem(found.folder, entry) for entry in mine)), None))
+    if first := next(filter(None, problems), None):
+        raise UserError(f"checkpoint file {first}; remove {found.folder} to resume from the commit before it")
+
+
+def _problem(folder: Path, entry: dict[str, Any]) -> str | None:
+    path = folder / entry["path"]
+    if not path.exists() or path.stat().st_size != entry["bytes"]:
+        return f"{path} is missing or truncated"
+    return f"{path} differs from its checksum" if _sha256(path) != entry["sha256"] else None
 
 
 def _sha256(path: Path) -> str:

@@ -81,6 +81,24 @@ def test_a_damaged_file_is_refused_by_name(damage, pattern, stream, tmp_path):
         run(raw)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_flipped_bit_is_refused_by_name_on_every_rank(ranks, stream, tmp_path, on_ranks):
+    raw = job(tmp_path / "run", stream)
+    on(on_ranks, ranks, raw, 7)
+    path = next(committed(tmp_path / "run/checkpoints")[-1].folder.glob(f"__{ranks - 1}_*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    message = rf"{path.name} differs from its checksum; remove .* to resume from the commit before"
+    if ranks == 1:
+        with pytest.raises(UserError, match=message):
+            run(raw)
+        return
+    with pytest.raises(AssertionError, match=message) as failed:
+        on(on_ranks, ranks, raw)
+    assert [type(e) for e in failed.value.errors.values()] == [UserError] * ranks
+
+
 def test_a_damaged_manifest_is_refused_by_name(stream, tmp_path):
     raw = job(tmp_path / "run", stream)
     run(raw, 7)
