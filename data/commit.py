@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from typing import Any, TypeAlias
 
@@ -51,7 +52,23 @@ def sync_folder(path: str) -> None:
 
 
 def commit_json(fs: Filesystem, path: str, value: Any) -> None:
-    commit(fs, path, json.dumps(value, indent=1, sort_keys=True).encode())
+    commit(fs, path, json.dumps(null_for_nan(value), indent=1, sort_keys=True, allow_nan=False).encode())
+
+
+def null_for_nan(value: Any) -> Any:
+    """The value with null for every number that JSON cannot say."""
+    if isinstance(value, dict):
+        return {k: null_for_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def nan_for_null(value: Any) -> Any:
+    """The inverse, for numbers that were written as null."""
+    if isinstance(value, dict):
+        return {k: nan_for_null(v) for k, v in value.items()}
+    return float("nan") if value is None else value
 
 
 def read_json(fs: Filesystem, path: str) -> Any:

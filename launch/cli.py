@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from exfm.data.commit import null_for_nan
 from exfm.data.errors import UserError
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def _print(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    print(json.dumps(null_for_nan(value), indent=1, default=str))
 
 
 class Bars:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 
 F64 = NDArray[np.float64]
@@ -156,7 +157,7 @@ def _summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     if not path.is_file():
         raise UserError(f"run '{run}' has no summary.json: it has not finished; run its job to the end, then compare")
-    summary: dict[str, Any] = json.loads(path.read_text())
+    summary: dict[str, Any] = nan_for_null(json.loads(path.read_text()))
     return summary
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exfm.checkpoints.store import committed
+from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.trainer.config import JobConfig, check_against_stream, check_ranks, load_config
@@ -97,7 +98,7 @@ class LocalJob:
         lines = text[:end].splitlines()
         if not lines:
             return None
-        self.last = json.loads(lines[-1])
+        self.last = nan_for_null(json.loads(lines[-1]))
         return self.last
 
     def outcome(self) -> tuple[int, str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from exfm.data.commit import null_for_nan
+
 
 class RunLog:
     """Writes <run>/metrics.jsonl, <run>/tensorboard and lines to stderr; silent on other ranks."""
@@ -24,7 +26,8 @@ class RunLog:
         """One JSON line; its numbers also go to TensorBoard under `kind/`."""
         if not self.speaks:
             return
-        self.file.write(json.dumps({"kind": kind, "time": time.time(), "step": step, **values}) + "\n")
+        line = {"kind": kind, "time": time.time(), "step": step, **values}
+        self.file.write(json.dumps(null_for_nan(line)) + "\n")
         for key, value in _flat(values):
             self.board.add_scalar(f"{kind}/{key}", value, step)
 

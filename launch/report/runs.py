@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.trainer.metrics import entropy
 
@@ -93,7 +94,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return nan_for_null(json.loads(path.read_text())) if path.is_file() else None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -102,7 +103,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for text in path.read_text().splitlines():
         try:
-            line = json.loads(text)
+            line = nan_for_null(json.loads(text))
         except json.JSONDecodeError:
             continue
         if line.get("kind") in ("slice", "progress"):
