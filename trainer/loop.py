@@ -222,6 +222,9 @@ class Job:
         return bool(flags[1] > 0)
 
     def _agree(self) -> bool:
+        """Before a commit: the last update's loss is unknown, so the dense weights are looked at too."""
+        dense = [p for module in self.built.dense_modules.values() for p in module.parameters()]
+        self.bad |= not bool(torch.stack([p.isfinite().all() for p in dense]).all())
         return self._read(*self._flags())
 
     # ---------------------------------------------------------------- commit points

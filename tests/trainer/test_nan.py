@@ -99,3 +99,22 @@ def test_restores_can_be_forbidden(stream, tmp_path):
     raw = teacher(tmp_path / "run", stream, checkpoint=COMMITS, run__max_restores=0)
     with pytest.raises(NonFiniteLoss):
         run_poisoned(raw, {7})
+
+
+def test_weights_that_the_last_update_before_a_commit_spoiled_are_not_committed(stream, tmp_path, monkeypatch):
+    """The loss of that step was finite: only the weights show it."""
+    whole = teacher(tmp_path / "whole", stream, checkpoint=COMMITS)
+    raw = replaced(whole, run__folder=str(tmp_path / "run"))
+    run(whole)
+    original, calls = objective.label_loss, []
+
+    def spoiled(logits, labels, weights):
+        loss = original(logits, labels, weights)
+        calls.append(loss)
+        if len(calls) == 2:  # 64 examples, 32 a step: the second step is the last before the first commit
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(objective, "label_loss", spoiled)
+    assert run(raw)[0] == DONE
+    assert_same_outcome(whole, raw)
