@@ -79,7 +79,7 @@ def _read(path: Path, schema: Schema, drop_extra: bool) -> tuple[pa.Table, list[
     if extra and not drop_extra:
         raise UserError(
             f"{path} has column(s) {', '.join(extra)} that the schema does not name; add them to it, or drop them with "
-            "drop_extra"
+            "--drop-extra"
         )
     names = [name for name in wanted if name in found]
     groups = [_read_group(file, path, group, names) for group in range(file.metadata.num_row_groups)]
