@@ -103,7 +103,7 @@ def test_arrow_timestamps_of_whole_seconds_and_dictionaries_are_converted(tmp_pa
     ("changed", "message"),
     [
         ({"price": None}, r"lacks column\(s\) price of the schema; it has timestamp, item"),
-        ({"more": pa.array([1] * 4)}, r"has column\(s\) more that the schema does not name.*drop_extra"),
+        ({"more": pa.array([1] * 4)}, r"has column\(s\) more that the schema does not name.*--drop-extra"),
         (
             {"item": pa.array(list("abcd"))},
             "column 'item' is string, the schema says int64; map it to integer ids first",
