@@ -1,6 +1,7 @@
 """`torchrun ... -m exfm.trainer CONFIG [--set k=v ...]`: one rank of a job."""
 
 import argparse
+import os
 import sys
 
 from exfm.data.errors import UserError
@@ -25,4 +26,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # everything is committed: native threads of the libraries now and then abort a rank while the interpreter is torn down
+    # (seen on gloo as "terminate called without an active exception"), which would make torchrun call a good job failed
+    os._exit(code)
