@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from exfm.data.commit import Filesystem, commit_json, open_folder, sha256_of
 from exfm.data.errors import UserError
-from exfm.data.manifest import MANIFEST, Part, SliceManifest, Stream, load_manifest, slice_folder, wait_for
+from exfm.data.manifest import MANIFEST, Part, SliceManifest, Stream, load_manifest, slice_folder
 from exfm.data.source import AlignedFiles
 from exfm.data.writer import write_part
 
@@ -80,9 +80,6 @@ class SupervisionLog:
         }  # fmt: skip
         manifest = features.model_copy(update={"kind": "supervision", "parts": parts, "extra": extra})
         commit_json(self.fs, f"{self.folder(features.slice)}/{MANIFEST}", manifest.model_dump())
-
-    def wait(self, index: int, wait_s: float) -> SliceManifest | None:
-        return wait_for(lambda: self.manifest(index), wait_s)
 
     def open_checked(self, stream: Stream, features: SliceManifest, tasks: tuple[str, ...]) -> AlignedFiles:
         """The committed supervision of a slice, after checking its version, its watermark and its files.

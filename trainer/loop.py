@@ -64,7 +64,7 @@ class Job:
         self.state = canonical_state(self.built, config, device)
         self.pipeline = Pipeline(config.run.pipeline, self.built, device)
         self.copies = HostCopies(device)
-        self.metrics = self._new_metrics()
+        self.metrics = Metrics(len(config.stream.domains), len(config.heads.tasks), config.evaluation.bootstrap)
         self.entries: list[Entry] = []
         self.ledger_fs, root = open_folder(self.folder)
         self.ledger_path = f"{root}/ledger.parquet"
@@ -77,9 +77,6 @@ class Job:
         self.bad = False
         self.begun = time.monotonic()
         self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
-
-    def _new_metrics(self) -> Metrics:
-        return Metrics(len(self.config.stream.domains), len(self.config.heads.tasks), self.config.evaluation.bootstrap)
 
     def _publisher(self) -> Publisher | None:
         publish = self.config.distillation.publish

@@ -119,14 +119,11 @@ class Optimizers:
         return self.tables.state[parameter]["sum"].view(-1)
 
 
-def adam_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[dict[str, Tensor]]:
-    """Live Adam state (step, exp_avg, exp_avg_sq) of each parameter; made, as the first step would, where it is missing."""
-    states: list[dict[str, Tensor]] = []
-    for parameter in parameters:
-        state: dict[str, Any] = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states.append(state)
-    return states
+def adam_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Live Adam state (step, exp_avg, exp_avg_sq) of a parameter; made, as the first step would, where it is missing."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state

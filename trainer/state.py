@@ -26,7 +26,7 @@ def canonical_state(built: Built, config: JobConfig, device: torch.device) -> di
         owner |= {id(p): built.adapter.optimizer for p in built.adapter.parameters()}
 
     def state_of(parameter: nn.Parameter) -> dict[str, Tensor]:
-        return state_of_adam(owner[id(parameter)], [parameter])[0]
+        return state_of_adam(owner[id(parameter)], parameter)
 
     return tables | dense_state(built.dense_modules) | adam_state(built.dense_modules, state_of)
 
