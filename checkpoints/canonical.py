@@ -5,6 +5,7 @@
 
 Sharded tables are DTensors over this rank's shards; whole (data-parallel) and dense tensors are plain, written once by DCP.
 segments is 1 except under column-wise sharding, where row-wise Adagrad keeps one accumulator per column shard.
+Arrays of one rank (metrics, random states) are rank.<number>.<name>.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def table_state(
     for row in plan:
         name = str(row["table"])
         mine = [s for s in shards if s.table == name]
-        starts = sorted({s["offsets"][1] for s in row["shards"]}) or [0]
+        starts = column_starts(row)
         if row["sharding_type"] == "data_parallel":
             parameter = mine[0].parameter
             assert parameter is not None
@@ -53,6 +54,37 @@ def table_state(
         state[f"tables.{name}.weight"] = distributed(weights, shapes[name], mesh)
         state[f"tables.{name}.adagrad_sum"] = distributed(sums, (shapes[name][0], len(starts)), mesh)
     return state
+
+
+def column_starts(row: dict[str, Any]) -> list[int]:
+    """First columns of a planned table's column shards, ascending; a shard's place in it is its segment."""
+    return sorted({s["offsets"][1] for s in row["shards"]}) or [0]
+
+
+def boxes(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """(offsets, live tensor) of what this rank holds of a canonical tensor."""
+    if not isinstance(tensor, DTensor):
+        return [((0,) * tensor.dim(), tensor)]
+    local: Any = tensor.to_local()
+    shards = local.local_shards()
+    # a rank without pieces has none, though torch keeps an offset (0,) for it
+    offsets = local.local_offsets()[: len(shards)]
+    return [(tuple(o), t) for o, t in zip(offsets, shards, strict=True)]
+
+
+def like(tensor: Tensor, rows: int, columns: int | None = None) -> Tensor:
+    """New memory for a tensor's boxes over a checkpoint of `columns` columns, or views of the boxes themselves, cut to `rows`."""
+
+    def fit(offsets: tuple[int, ...], box: Tensor) -> tuple[tuple[int, ...], Tensor]:
+        cut = box[: max(0, min(len(box), rows - offsets[0]))]
+        return (offsets, cut) if columns is None else ((offsets[0], 0), cut.new_empty(len(cut), columns))
+
+    fitted = [fit(offsets, box) for offsets, box in boxes(tensor)]
+    if not isinstance(tensor, DTensor):
+        return fitted[0][1]
+    pieces = {offsets: box for offsets, box in fitted if len(box)}
+    shape = (rows, tensor.shape[1] if columns is None else columns)
+    return distributed([(t, (o[0], o[1])) for o, t in pieces.items()], shape, tensor.device_mesh)
 
 
 def distributed(pieces: Sequence[Piece], shape: tuple[int, int], mesh: DeviceMesh) -> Tensor:
@@ -80,7 +112,7 @@ def adam_state(
     }
 
 
-def convert_segments(saved: Tensor, segments: int, name: str) -> Tensor:
+def convert_segments(saved: Tensor, segments: int) -> Tensor:
     """Row-wise Adagrad sums [r, saved segments] for another number of column shards.
 
     One accumulator per column shard is the mean of g^2 over its columns, so one for the whole row is the mean of equal
@@ -92,4 +124,4 @@ def convert_segments(saved: Tensor, segments: int, name: str) -> Tensor:
         return saved.mean(dim=1, keepdim=True)
     if saved.shape[1] == 1:
         return saved.expand(-1, segments)
-    return convert_segments(convert_segments(saved, 1, name), segments, name)
+    return convert_segments(convert_segments(saved, 1), segments)

@@ -1,245 +1,300 @@
-"""Saving and restoring: every rank writes its shards with torch.distributed.checkpoint, then one manifest commits them.
+"""The commits of a job: listing them, chains of deltas, loading one into a live model, keeping and removing.
 
-    checkpoints/step=00001234/{*.distcp, .metadata, rank-00000.npz, manifest.json}
+    <checkpoint.folder>/step=00001234[-k]/{rank-*.safetensors, index.json, manifest.json}
 
-A folder without a manifest does not exist: it is never resumed from and is cleaned up by the next save.
+A folder without a manifest does not exist: it is never resumed from and the next save removes it.
 """
 
-import hashlib
-import os
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
-from exfm.checkpoints.canonical import convert_segments, distributed
-from exfm.data.commit import commit_json, open_folder, read_json, sync_folder
+from exfm.checkpoints.canonical import boxes, convert_segments, like
+from exfm.checkpoints.deltas import apply_delta
+from exfm.checkpoints.layout import MANIFEST, PINNED, Damaged, read_manifest
+from exfm.checkpoints.reader import Folder, ShardReader
+from exfm.checkpoints.sources import NotFinite
+from exfm.checkpoints.storage import Storage
 from exfm.data.errors import UserError
 
-MANIFEST = "manifest.json"
+NAME = re.compile(r"step=(\d{8,})(?:-(\d+))?")
+SET_ASIDE = "manifest.damaged.json"
 Partials = dict[str, np.ndarray]
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the previous commit is intact."""
+Group = dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A committed checkpoint."""
+    """A committed folder. manifest: {} where it cannot be read, and `problem` says why."""
 
-    folder: Path
+    storage: Storage
+    name: str
     manifest: dict[str, Any]
+    problem: str = ""
+
+    @property
+    def folder(self) -> str:
+        return f"{self.storage.url}/{self.name}"
 
     @property
     def step(self) -> int:
-        return int(self.manifest["step"])
+        return order(self.name)[0]
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest.get("kind", "?"))
+
+    @property
+    def base(self) -> str | None:
+        """Name of the commit that a delta is relative to."""
+        return str(self.manifest["base"]["name"]) if self.manifest.get("base") else None
+
+    def open(self) -> Folder:
+        return Folder(self.storage, self.name, self.manifest)
 
 
-def committed(root: Path) -> list[Committed]:
-    """Committed checkpoints, oldest first."""
+def order(name: str) -> tuple[int, int]:
+    """Sorts step=00000007, step=00000007-1 (committed later at the same step), step=00000012."""
+    found = NAME.fullmatch(name)
+    assert found is not None, name
+    return int(found[1]), int(found[2] or 0)
+
+
+def listing(storage: Storage) -> list[Committed]:
+    """Everything that was committed, oldest first, unreadable manifests included."""
     found = []
-    for folder in sorted(root.glob("step=*"), key=_order):
-        fs, path = open_folder(folder)
-        if fs.exists(f"{path}/{MANIFEST}"):
-            found.append(Committed(folder, read_json(fs, f"{path}/{MANIFEST}")))
+    for name in sorted((n for n in storage.names() if NAME.fullmatch(n)), key=order):
+        if storage.exists(f"{name}/{MANIFEST}"):
+            try:
+                found.append(Committed(storage, name, read_manifest(storage, name)))
+            except Damaged as error:
+                found.append(Committed(storage, name, {}, str(error)))
     return found
 
 
-def _order(folder: Path) -> tuple[int, int]:
-    """Sorts step=00000007, step=00000007-1 (committed later at the same step), step=00000012."""
-    step, _, again = folder.name.removeprefix("step=").partition("-")
-    return int(step), int(again or 0)
+def committed(root: Any) -> list[Committed]:
+    """Committed checkpoints with a good manifest, oldest first. root: a folder or URL."""
+    return [c for c in listing(root if isinstance(root, Storage) else Storage(root)) if not c.problem]
 
 
-def _new_folder(root: Path, step: int) -> Path:
-    """A folder that holds no commit; rank 0 chooses. A slice without examples is committed at the step of the one before."""
-    again = [len([c for c in committed(root) if c.step == step]) if dist.get_rank() == 0 else 0]
-    dist.broadcast_object_list(again, src=0)
-    return root / (f"step={step:08d}" + (f"-{again[0]}" if again[0] else ""))
+def chain(found: Committed, everything: Sequence[Committed]) -> list[Committed]:
+    """The full commit that `found` rests on, the deltas after it, `found` last. Damaged where one is missing or exchanged."""
+    if found.problem:
+        raise Damaged(found.problem)
+    by_name = {c.name: c for c in everything}
+    links = [found]
+    while (base := links[0].base) is not None:
+        before = by_name.get(base)
+        if before is None or before.problem or len(links) > len(by_name):
+            raise Damaged(f"{links[0].folder} holds rows changed since {base}, which is missing or damaged")
+        if before.manifest["sum"] != links[0].manifest["base"]["sum"]:
+            raise Damaged(f"{before.folder} is not the commit that {links[0].folder} was made from")
+        links.insert(0, before)
+    return links
 
 
-def save(
-    root: Path, step: int, state: Mapping[str, Tensor], partials: Partials, manifest: dict[str, Any], keep: int
-) -> None:
-    """Write and commit a checkpoint; called by all ranks. partials: this rank's arrays, returned by `load_partials`.
+# ------------------------------------------------------------------------------------------------ loading
 
-    SaveError on every rank if any rank cannot write; what was committed before stays.
+
+def restore_newest(
+    storage: Storage, load_it: Callable[[list[Committed]], None], say: Callable[[str], None], group: Group = None
+) -> Committed | None:
+    """Load the newest commit that is undamaged; None where there is none at all. All ranks call.
+
+    Every damaged one is named and set aside. UserError where all of them are.
     """
-    folder = _new_folder(root, step)
+    everything = from_rank_0(lambda: listing(storage), group)
+    problem = ""
+    for found in reversed(everything):
+        try:
+            load_it(chain(found, everything))
+            return found
+        except Damaged as error:
+            problem = str(error)
+            say(f"{problem}; it is set aside, going back to the commit before it")
+            from_rank_0(lambda name=found.name: set_aside(storage, name), group)  # type: ignore[misc]
+    if problem:
+        raise UserError(
+            f"no undamaged commit is left in {storage.url} ({problem}); choose another run.folder to start anew"
+        )
+    return None
+
+
+def set_aside(storage: Storage, name: str) -> None:
+    """Take a damaged commit out of the list; its files stay until the next save."""
+    storage.write(f"{name}/{SET_ASIDE}", [memoryview(storage.read(f"{name}/{MANIFEST}"))])
+    storage.remove(f"{name}/{MANIFEST}")
+
+
+def load(links: Sequence[Committed], state: dict[str, Tensor], group: Group = None) -> bool:
+    """Read a chain into the live tensors of `state`, whatever plan, row type and number of ranks wrote it. All ranks call.
+
+    True if the live state is now exactly what was saved; False where something had to be converted (rows of another
+    type, more rows than were saved, row-wise Adagrad sums of another number of column shards).
+    Damaged names a file that is not what was committed; UserError a tensor that the checkpoint lacks or has otherwise.
+    """
+    return load_from(agreed(lambda: [c.open() for c in links], group), state, group)
+
+
+def load_from(folders: Sequence[Folder], state: dict[str, Tensor], group: Group = None) -> bool:
+    """`load` of an opened chain."""
+    target, converted = {}, []
+    for name, tensor in state.items():
+        holder = folders[0] if name.startswith("tables.") else folders[-1]
+        target[name] = _target(holder, name, tensor)
+        if target[name] is not tensor or holder.index[name].dtype != tensor.dtype:
+            converted.append(name)
+    tables = {n: t for n, t in target.items() if n.startswith("tables.")}
+    rest = {n: t for n, t in target.items() if n not in tables}
+    if len(folders) == 1:
+        tables, rest = target, {}
+    for folder, part in ((folders[0], tables), (folders[-1], rest)):
+        if part or folder is folders[0]:
+            _dcp_load(part, folder, group)
+
+    def apply_deltas() -> None:
+        for folder in folders[1:]:
+            apply_delta(folder, tables)
+
+    agreed(apply_deltas, group)
+    for name in converted:
+        if name.endswith(".adagrad_sum"):
+            _convert(target[name], state[name])
+    return not converted
+
+
+def _dcp_load(part: dict[str, Tensor], folder: Folder, group: Group) -> None:
     try:
-        _write(folder, step, state, partials, manifest)
-    except SaveError:
-        # an unfinished checkpoint must not keep the disk full
-        on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
-        raise
-    on_rank_0(lambda: _clean(root, keep))
+        dcp.load(part, storage_reader=ShardReader(folder), process_group=group)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise type(first)(str(first)) if isinstance(first, UserError | OSError) else error from None
 
 
-def _write(folder: Path, step: int, state: Mapping[str, Tensor], partials: Partials, manifest: dict[str, Any]) -> None:
-    on_rank_0(lambda: _make_empty(folder))
-    _on_all_ranks(folder, lambda: dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(folder, sync_files=True)))
-    own = folder / f"rank-{dist.get_rank():05d}.npz"
-    files = _on_all_ranks(folder, lambda: _write_partials(folder, own, partials))
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, files)
-    on_rank_0(lambda: _commit(folder, step, manifest, [f for part in everything for f in part]))
+def _target(folder: Folder, name: str, tensor: Tensor) -> Tensor:
+    """What to read `name` into: the live tensor itself, its rows that were saved, or new memory for sums to be converted."""
+    if name not in folder.index:
+        raise UserError(f"checkpoint {folder.storage.url}/{folder.folder} lacks {name}; it is of another model")
+    saved, shape = folder.index[name].shape, tuple(tensor.shape)
+    is_table = name.startswith("tables.") and len(saved) == 2
+    segments = saved[1] if is_table and name.endswith(".adagrad_sum") and saved[1] != shape[1] else None
+    if saved == shape:
+        return tensor
+    if is_table and saved[0] <= shape[0] and (segments is not None or saved[1] == shape[1]):
+        return like(tensor, saved[0], segments)
+    raise UserError(
+        f"checkpoint {folder.storage.url}/{folder.folder} has {name} of shape {saved}, the model wants {shape}"
+        + (": a table can grow in rows, not shrink" if is_table and saved[1:] == shape[1:] else "")
+    )
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _write_partials(folder: Path, path: Path, partials: Partials) -> list[dict[str, Any]]:
-    """Write this rank's arrays; size and checksum of all files that this rank wrote."""
-    with open(path, "wb") as f:
-        np.savez(f, **partials)  # type: ignore[arg-type]
-        f.flush()
-        os.fsync(f.fileno())
-    rank = dist.get_rank()
-    mine = [path, *folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if rank == 0 else [])]
-    return [{"path": p.name, "bytes": p.stat().st_size, "sha256": _sha256(p)} for p in mine]
-
-
-def _commit(folder: Path, step: int, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    sync_folder(str(folder))
-    fs, path = open_folder(folder)
-    versions = {"torch": torch.__version__, "format": 1}
-    full = {**manifest, "step": step, "files": files, "versions": versions, "world_size": dist.get_world_size()}
-    commit_json(fs, f"{path}/{MANIFEST}", full)
-
-
-def _clean(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and folders that were never committed."""
-    names = [c.folder for c in committed(root)]
-    for folder in root.glob("step=*"):
-        if folder not in names or folder in names[:-keep]:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def load(found: Committed, state: dict[str, Tensor]) -> None:
-    """Read a checkpoint into the live tensors of `state`, whatever plan and number of ranks wrote it.
-
-    UserError for a checkpoint that lacks something, has another shape or is damaged.
-    """
-    check_files(found)
-    reader = dcp.FileSystemReader(found.folder)
-    saved = reader.read_metadata().state_dict_metadata
-    target: dict[str, Tensor] = {}
-    converted: list[tuple[str, Tensor]] = []
-    for key, tensor in state.items():
-        if key not in saved:
-            raise UserError(f"checkpoint {found.folder} lacks {key}; it is of another model")
-        size = tuple(getattr(saved[key], "size", ()))
-        if key.endswith(".adagrad_sum") and size[0] == tensor.shape[0] and size[1] != tensor.shape[1]:
-            target[key] = _like_saved(tensor, size[1])
-            converted.append((key, tensor))
-        elif size != tuple(tensor.shape):
-            raise UserError(
-                f"checkpoint {found.folder} has {key} of shape {size}, the model wants {tuple(tensor.shape)}"
-            )
-        else:
-            target[key] = tensor
-    dcp.load(target, storage_reader=reader)
-    for key, tensor in converted:
-        for (own, offset), (got, _) in zip(_pieces(tensor), _pieces(target[key]), strict=True):
-            value = convert_segments(got, tensor.shape[1], key)
-            own.copy_(value[:, offset : offset + 1])
-
-
-def _pieces(tensor: Tensor) -> list[tuple[Tensor, int]]:
-    """Local tensors with their column offsets."""
-    if not isinstance(tensor, DTensor):
-        return [(tensor, 0)]
-    return [(t, column) for t, (_, column) in _local_pieces(tensor)]
-
-
-def _local_pieces(tensor: DTensor) -> list[tuple[Tensor, tuple[int, ...]]]:
-    """(piece, its (row, column)) of this rank. One without pieces has none, though torch keeps an offset (0,) for it."""
-    local: Any = tensor.to_local()
-    shards = local.local_shards()
-    return list(zip(shards, local.local_offsets()[: len(shards)], strict=True))
-
-
-def _like_saved(tensor: Tensor, segments: int) -> Tensor:
-    """Room for all saved segments of this rank's rows."""
-    if not isinstance(tensor, DTensor):
-        return tensor.new_empty(tensor.shape[0], segments)
-    pieces = [(t.new_empty(t.shape[0], segments), (row, 0)) for t, (row, *_) in _local_pieces(tensor)]
-    mesh = init_device_mesh(tensor.device_mesh.device_type, (dist.get_world_size(),))
-    return distributed(pieces, (tensor.shape[0], segments), mesh)
+def _convert(saved: Tensor, live: Tensor) -> None:
+    """Sums read as they were saved into live sums of another number of segments; rows that were not saved stay."""
+    if saved.shape[1] == live.shape[1]:
+        return
+    by_row = {offsets[0]: box for offsets, box in boxes(saved)}
+    for (row, *column), box in boxes(live):
+        if row in by_row:
+            value = convert_segments(by_row[row], live.shape[1])
+            first = column[0] if column else 0
+            box[: len(value)].copy_(value[:, first : first + box.shape[1]])
 
 
 def load_partials(found: Committed) -> list[Partials]:
     """This rank's share of the per-rank arrays: its own where the number of ranks is the same, else every W-th."""
-    share = []
-    for writer in range(int(found.manifest["world_size"])):
-        if writer % dist.get_world_size() == dist.get_rank():
-            with np.load(found.folder / f"rank-{writer:05d}.npz", allow_pickle=False) as arrays:
-                share.append(dict(arrays))
-    return share
+    folder = agreed(found.open)
+
+    def read() -> list[Partials]:
+        share = []
+        for writer in range(int(found.manifest["world_size"])):
+            if writer % dist.get_world_size() == dist.get_rank():
+                prefix = f"rank.{writer:05d}."
+                names = [n for n in folder.index if n.startswith(prefix)]
+                share.append({n.removeprefix(prefix): folder.tensor(n).numpy() for n in names})
+        return share
+
+    return agreed(read)
 
 
-def check_files(found: Committed) -> None:
-    """UserError, the same on all ranks, names a file that is missing, truncated or changed. The ranks share the reading."""
-    mine = found.manifest["files"][dist.get_rank() :: dist.get_world_size()]
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, next(filter(None, (_problem(found.folder, entry) for entry in mine)), None))
-    if first := next(filter(None, problems), None):
-        raise UserError(f"checkpoint file {first}; remove {found.folder} to resume from the commit before it")
+# ------------------------------------------------------------------------------------------------ keeping
 
 
-def _problem(folder: Path, entry: dict[str, Any]) -> str | None:
-    path = folder / entry["path"]
-    if not path.exists() or path.stat().st_size != entry["bytes"]:
-        return f"{path} is missing or truncated"
-    return f"{path} differs from its checksum" if _sha256(path) != entry["sha256"] else None
+def clean(storage: Storage, keep: int, keep_every: int, current: str | None = None) -> list[str]:
+    """Remove what is not to be kept; the names removed.
+
+    Kept: the newest `keep` commits, the first of every `keep_every` slices, pinned ones, and all that these rest on.
+    """
+    everything = listing(storage)
+    wanted = {c.name for c in everything[-keep:]} | {c.name for c in everything if is_pinned(c)} | {current}
+    if keep_every:
+        firsts: dict[int, str] = {}
+        for c in everything:
+            position = c.manifest.get("position")
+            if position and position["slice"] >= keep_every:
+                firsts.setdefault(position["slice"] // keep_every, c.name)
+        wanted |= set(firsts.values())
+    for c in reversed(everything):
+        if c.name in wanted and c.base:
+            wanted.add(c.base)
+    removed = [n for n in storage.names() if NAME.fullmatch(n) and n not in wanted]
+    for name in removed:
+        storage.remove(f"{name}/{MANIFEST}")
+        storage.remove(name)
+    return removed
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def is_pinned(found: Committed) -> bool:
+    return found.storage.exists(f"{found.name}/{PINNED}")
 
 
-def on_rank_0(act: Any) -> None:
-    """Run on rank 0; where it fails, the same error on all ranks: SaveError if it cannot write. A barrier in effect."""
-    error: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            act()
-        except OSError as e:
-            error = [SaveError(f"cannot write a checkpoint: {e}; the last commit is intact; free some space")]
-        except UserError as e:
-            error = [e]
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
+# ------------------------------------------------------------------------------------------------ together
 
 
-def _on_all_ranks(folder: Path, act: Any) -> Any:
-    """Run on every rank; if one fails to write, SaveError on all of them."""
+def agreed(act: Callable[[], Any], group: Group = None) -> Any:
+    """Run on every rank; where it fails on one, the same error on all of them."""
     result, failure = None, None
     try:
         result = act()
-    except (OSError, RuntimeError, CheckpointException) as e:
-        failure = str(e)
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if first := next((f for f in failures if f), None):
-        raise SaveError(
-            f"cannot write {folder}: {first.strip().splitlines()[-1]}; the last commit is intact; free some space"
-        )
+    except (UserError, OSError, NotFinite) as error:
+        failure = error
+    failures: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
+    if first := next((f for f in failures if f is not None), None):
+        raise first
     return result
+
+
+def new_name(storage: Storage, step: int) -> str:
+    """A folder for a commit at `step` that holds none yet: compaction and slices without examples come back to a step."""
+    name, again = f"step={step:08d}", 0
+    while storage.exists(f"{name}/{MANIFEST}"):
+        again += 1
+        name = f"step={step:08d}-{again}"
+    return name
+
+
+def make_new(storage: Storage, name: str) -> None:
+    """An empty folder, whatever an attempt that was not committed left there."""
+    storage.remove(name)
+    storage.make(name)
+
+
+def from_rank_0(act: Callable[[], Any], group: Group = None) -> Any:
+    """Run on rank 0; its result, or its error, on all ranks."""
+    word: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            word[0] = act()
+        except (UserError, OSError) as error:
+            word[1] = error
+    dist.broadcast_object_list(word, src=0, group=group)
+    if word[1] is not None:
+        raise word[1]
+    return word[0]

@@ -18,7 +18,7 @@ def audit_run(run: Path) -> dict[str, Any]:
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} has no config.yaml; give the folder of a run")
     config = load_config(run / "config.yaml", [], JobConfig)
-    found = committed(run / "checkpoints")
+    found = committed(config.checkpoint.folder or run / "checkpoints")
     if not found:
         raise UserError(f"{run} has no committed checkpoint yet; nothing to audit")
     stream = open_stream(config.stream.path)

@@ -18,6 +18,7 @@ from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.trainer.config import JobConfig, check_against_stream, check_ranks, load_config
+from exfm.trainer.ending import read_exit
 from exfm.trainer.state import check_identity
 
 LOG_TAIL_LINES = 25
@@ -25,13 +26,15 @@ LOG_TAIL_LINES = 25
 
 @dataclass
 class LocalJob:
-    """One job: its config file, overrides and number of ranks on this machine."""
+    """One job: its config file, overrides, number of ranks on this machine and restarts after a rank has failed."""
 
     config: Path
     nproc: int = 1
     sets: tuple[str, ...] = ()
+    max_restarts: int = 3
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     asked: bool = False
+    settled: bool = False
     _read: int = 0
     last: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -47,9 +50,11 @@ class LocalJob:
         """UserError for all that can be known to be wrong before a rank starts."""
         if self.nproc < 1:
             raise UserError(f"--nproc is {self.nproc}; use 1 or more ranks")
+        if self.max_restarts < 0:
+            raise UserError(f"--max-restarts is {self.max_restarts}; use 0 or more")
         check_ranks(self.job, self.nproc)
         check_against_stream(self.job, open_stream(self.job.stream.path))
-        if found := committed(self.folder / "checkpoints"):
+        if found := committed(self.job.checkpoint_folder):
             check_identity(found[-1], self.job)
 
     def start(self, environment: Mapping[str, str]) -> None:
@@ -60,6 +65,7 @@ class LocalJob:
         metrics = self.folder / "metrics.jsonl"
         self._read = metrics.stat().st_size if metrics.exists() else 0
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc)]
+        command += ["--max-restarts", str(self.max_restarts)]
         command += ["-m", "exfm.trainer", str(self.config)]
         for item in self.sets:
             command += ["--set", item]
@@ -79,6 +85,13 @@ class LocalJob:
         if self.process is not None and self.running():
             self.asked = True
             self.process.terminate()
+
+    def settle(self) -> None:
+        """Keep torchrun from starting ranks again that have said their last word."""
+        word = read_exit(self.folder) if self.running() and not self.settled else None
+        if word is not None and word["final"]:
+            self.settled = True
+            self.stop()
 
     def kill(self) -> None:
         """End torchrun and its ranks at once; what was committed stays."""
@@ -104,9 +117,7 @@ class LocalJob:
     def outcome(self) -> tuple[int, str]:
         """(exit code, message) of an ended job: exit.json's word, or torchrun's with the end of the log."""
         assert self.process is not None
-        path = self.folder / "exit.json"
-        if path.exists():
-            word = json.loads(path.read_text())
+        if (word := read_exit(self.folder)) is not None:
             return int(word["exit_code"]), str(word["message"])
         if self.process.returncode == 0:
             return 0, ""
@@ -140,6 +151,7 @@ def run_jobs(jobs: Sequence[LocalJob], environment: Mapping[str, str], view: Any
                 for job in list(waiting):
                     if line := job.refresh():
                         view.update(job, line)
+                    job.settle()
                     if job.running():
                         continue
                     waiting.remove(job)

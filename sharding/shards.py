@@ -28,17 +28,30 @@ class Shard:
     parameter: nn.Parameter | None = None
 
 
-def local_shards(model: nn.Module) -> Iterator[Shard]:
-    """Every table shard that lives on this rank, data-parallel tables (whole on every rank) included."""
+@dataclass(frozen=True)
+class Kernel:
+    """A lookup kernel of this rank: its module takes a KeyedJaggedTensor with features_of_table[i] features of shards[i]."""
+
+    module: nn.Module
+    shards: tuple[Shard, ...]
+    features_of_table: tuple[int, ...]
+
+
+def local_kernels(model: nn.Module) -> Iterator[Kernel]:
+    """Every lookup kernel of this rank; their shards are those that live here, data-parallel tables (whole) included."""
     for sharded in model.modules():
         if isinstance(sharded, ShardedEmbeddingBagCollection):
             # TorchRec keeps the lookups in a plain list, hidden from modules()
             for lookup in sharded._lookups:
                 for kernel in lookup.modules():
                     if isinstance(kernel, BatchedFusedEmbeddingBag):
-                        yield from _fused(kernel)
+                        yield _kernel(kernel, _fused(kernel))
                     elif isinstance(kernel, BatchedDenseEmbeddingBag):
-                        yield from _dense(kernel, sharded)
+                        yield _kernel(kernel, _dense(kernel, sharded))
+
+
+def _kernel(kernel: BatchedFusedEmbeddingBag | BatchedDenseEmbeddingBag, shards: Iterator[Shard]) -> Kernel:
+    return Kernel(kernel, tuple(shards), tuple(t.num_features() for t in kernel.config.embedding_tables))
 
 
 def _fused(kernel: BatchedFusedEmbeddingBag) -> Iterator[Shard]:

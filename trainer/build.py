@@ -21,7 +21,7 @@ from exfm.models.build import build_backbone
 from exfm.models.heads import Head
 from exfm.models.interface import InputSpec
 from exfm.sharding.planner import TableSharder, describe, plan_tables
-from exfm.sharding.shards import Shard, check_shards, local_shards
+from exfm.sharding.shards import Kernel, Shard, check_shards, local_kernels
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, Served, TrainModule
@@ -39,8 +39,12 @@ class Built:
     heads: DistillationHeads | None
     adapter: Adapter | None
     optimizers: Optimizers
-    shards: list[Shard]
+    kernels: list[Kernel]
     plan: list[dict[str, Any]]
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for kernel in self.kernels for shard in kernel.shards]
 
     @property
     def dense_modules(self) -> dict[str, nn.Module]:
@@ -75,7 +79,8 @@ def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
         sharders=[TableSharder()],  # type: ignore[list-item]
         init_data_parallel=False,
     )
-    shards = list(local_shards(model))
+    kernels = list(local_kernels(model))
+    shards = [shard for kernel in kernels for shard in kernel.shards]
     check_shards(shards, describe(plan), env.rank)
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
@@ -87,7 +92,7 @@ def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
         module.objective.heads = wrap(heads, device)
         groups.append(heads)
     optimizers = Optimizers(config.optim, groups, shards)
-    return Built(model, served, heads, adapter, optimizers, shards, describe(plan))
+    return Built(model, served, heads, adapter, optimizers, kernels, describe(plan))
 
 
 def build_dense(config: JobConfig, device: torch.device) -> tuple[Served, DistillationHeads | None, Adapter | None]:

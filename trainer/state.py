@@ -1,5 +1,8 @@
 """What a checkpoint of a job holds, and putting it back."""
 
+import hashlib
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from exfm.data.errors import UserError
 from exfm.trainer.build import Built
 from exfm.trainer.config import JobConfig
 from exfm.trainer.optim import adam_state as state_of_adam
+
+LAYERS = ("data", "embeddings", "models", "distillation", "sharding", "checkpoints", "trainer")
 
 
 def canonical_state(built: Built, config: JobConfig, device: torch.device) -> dict[str, Tensor]:
@@ -49,12 +54,37 @@ def check_identity(found: Committed, config: JobConfig) -> None:
     """UserError lists the settings in which a checkpoint's job and this one differ."""
     # evaluation decides no weights, but its sums so far are in the checkpoint
     saved = found.manifest["identity"] | {"evaluation": found.manifest["config"]["evaluation"]}
-    differing = _differences(saved, config.identity() | {"evaluation": config.evaluation.model_dump(mode="json")})
+    own = config.identity() | {"evaluation": config.evaluation.model_dump(mode="json")}
+    differing = _differences(saved | {"tables": _convertible(saved["tables"], own)}, own)
     if differing:
         raise UserError(
             f"checkpoint {found.folder} is of another config; differing keys: {'; '.join(differing)}; restore these values or "
             f"choose another run.folder than {Path(found.folder).parents[1]}"
         )
+
+
+def _convertible(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The saved tables with what a restore converts as it is now: type of the rows, and more rows of an identity table.
+
+    Under `ids: hash` another number of rows would send every id elsewhere.
+    """
+    hashed = {f["table"] for f in own["features"]["sparse"] if f["ids"] == "hash"}
+    result = {}
+    for name, table in saved.items():
+        now = own["tables"].get(name, table)
+        grows = name not in hashed and now["rows"] > table["rows"]
+        result[name] = table | {"dtype": now["dtype"]} | ({"rows": now["rows"]} if grows else {})
+    return result
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint: libraries, and a digest of exfm's own code."""
+    root = Path(__file__).resolve().parents[1]
+    code = hashlib.sha256()
+    for path in sorted(p for layer in LAYERS for p in (root / layer).rglob("*.py")):
+        code.update(path.read_bytes())
+    libraries = {name: version(name) for name in ("exfm", "torch", "torchrec")}
+    return libraries | {"python": platform.python_version(), "code": code.hexdigest()[:16]}
 
 
 def _differences(a: Any, b: Any, key: str = "") -> list[str]:

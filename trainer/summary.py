@@ -32,8 +32,11 @@ def _by_group(job: "Job", sums: np.ndarray) -> dict[str, dict[str, Any]]:
     }
 
 
-def slice_line(job: "Job", reader: SliceReader | None = None) -> None:
-    """At a slice's end (all ranks call) the merged metrics; inside one (`reader` given) this rank's own, as progress."""
+def slice_line(job: "Job", reader: SliceReader | None = None) -> dict[str, Any]:
+    """At a slice's end (all ranks call) the merged metrics; inside one (`reader` given) this rank's own, as progress.
+
+    Returns them by group and task.
+    """
     p = job.progress
     ended = reader is None
     own = job.metrics.slice.copy()
@@ -54,14 +57,16 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> None:
         "seconds_left": seconds * (1 - share) / max(share, 1e-9),
         "lr": job.built.optimizers.lr,
     }
+    metrics = _by_group(job, sums)
     if ended:
-        values["metrics"] = _by_group(job, sums)
+        values["metrics"] = metrics
     job.log.record("slice" if ended else "progress", p.step, values)
     if not ended or job.log.due():
         job.log.say(
             f"slice {p.slice - job.slices.start + 1}/{num_slices}  {values['examples']:,} examples  "
             f"{values['examples_per_s']:,.0f}/s  NE so far {so_far:.4f}  {values['seconds_left']:.0f} s left"
         )
+    return metrics
 
 
 def write_summary(job: "Job") -> None:
@@ -85,6 +90,7 @@ def write_summary(job: "Job") -> None:
         "slices": [job.slices.start, job.slices.stop],
         "evaluated_from": job.first_evaluated,
         "examples": p.examples,
+        "skipped": sum(e.stop - e.start for e in job.entries if e.skipped),
         "covered": covered,
         "seconds": seconds,
         "examples_per_s": float(p.examples / max(seconds, 1e-9)),

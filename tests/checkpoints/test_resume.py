@@ -133,7 +133,9 @@ def restored(raw: Raw) -> dict[str, torch.Tensor]:
     """Whole tensors that a job holds after restoring, gathered through a checkpoint of its own; on rank 0."""
     import torch.distributed as dist
 
-    from exfm.checkpoints.store import save
+    from exfm.checkpoints.config import CheckpointConfig
+    from exfm.checkpoints.saver import Request, Saver
+    from exfm.checkpoints.storage import Storage
     from exfm.trainer.env import process_group
     from exfm.trainer.loop import Job
     from tests.trainer.jobs import here, parsed, read_checkpoint
@@ -143,8 +145,11 @@ def restored(raw: Raw) -> dict[str, torch.Tensor]:
         held = Job(parsed(raw), here(), CPU, lambda: False)
         assert held.restore()
         root = Path(raw["run"]["folder"]) / "held"
-        save(root, held.progress.step, held.state, {}, {}, 1)
-        held.log.close()
+        saver = Saver(Storage(root), CheckpointConfig(), CPU, held.built.kernels, held.built.plan, 60)
+        saver.save(Request(held.progress.step, held.state, {}, {}))
+        saver.wait()
+        saver.close()
+        held.close()
         return read_checkpoint(committed(root)[-1].folder) if dist.get_rank() == 0 else {}
 
 
