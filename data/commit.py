@@ -30,7 +30,7 @@ def commit(fs: Filesystem, path: str, payload: bytes) -> None:
         return
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "wb", opener=_without_links) as f:
             f.write(payload)
             f.flush()
             os.fsync(f.fileno())
@@ -40,6 +40,11 @@ def commit(fs: Filesystem, path: str, payload: bytes) -> None:
             os.unlink(temporary)
         raise
     sync_folder(path.rsplit("/", 1)[0])
+
+
+def _without_links(path: str, flags: int) -> int:
+    """Open, but not what a link planted under that name points to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync_folder(path: str) -> None:

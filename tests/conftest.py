@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints.s3 import new_bucket, s3_process, set_up_s3
 from tests.ranks import RankPool
 
 
@@ -55,3 +56,17 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 def on_ranks(rank_pool: RankPool) -> RankPool:
     """on_ranks(n, fn, *args): the results of a module-level function on n gloo ranks."""
     return rank_pool
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a real S3 server on loopback."""
+    with s3_process(tmp_path_factory.mktemp("s3") / "log") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty folder in a new bucket of that server, with the settings that a user would make for it."""
+    set_up_s3(s3_server, monkeypatch)
+    return f"{new_bucket()}/run"
