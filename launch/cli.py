@@ -83,6 +83,7 @@ def _default_ranks() -> int:
 def train(
     config: Path,
     nproc: Annotated[int, typer.Option(help="ranks on this machine")] = 1,
+    max_restarts: Annotated[int, typer.Option(help="restarts from the last commit after a rank has failed")] = 3,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -90,7 +91,7 @@ def train(
     from exfm.launch.local import LocalJob, run_jobs
     from exfm.launch.progress import JobView
 
-    job = LocalJob(config, nproc, tuple(sets or ()))
+    job = LocalJob(config, nproc, tuple(sets or ()), max_restarts)
     with JobView(console, job.job.run.log_every_s) as view:
         code = run_jobs([job], os.environ, view)
     if as_json and code == 0:
@@ -229,14 +230,15 @@ def data_inspect(folder: Path, as_json: Json = False) -> None:
 
 @data_app.command("audit")
 def data_audit(run: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
-    """Prove from the ledger that the run skipped and repeated no example."""
+    """Prove from the ledger that the run repeated no example, and skipped none but those it says it left out."""
     from exfm.launch.auditing import audit_run
 
     result = audit_run(run)
     if as_json:
         _print(result)
     else:
-        print(f"{run}: {result['examples']:,} examples in {result['slices']} slices, none skipped, none repeated")
+        skipped = f"{result['skipped']:,} left out after a bad loss" if result["skipped"] else "none skipped"
+        print(f"{run}: {result['examples']:,} examples in {result['slices']} slices, {skipped}, none repeated")
 
 
 @launch_app.command("slurm")
@@ -245,6 +247,7 @@ def launch_slurm(
     nodes: Annotated[int, typer.Option()] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="0 trains on CPU")] = 8,
     nproc_per_node: Annotated[int, typer.Option(help="ranks per node; default: one per GPU")] = 0,
+    max_restarts: Annotated[int, typer.Option(help="restarts inside one attempt after a rank has failed")] = 3,
     name: str = "exfm",
     out: Annotated[Path | None, typer.Option(help="script to write; default: <run folder>/job.sbatch")] = None,
     partition: str | None = None,
@@ -264,6 +267,7 @@ def launch_slurm(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         nproc_per_node=nproc_per_node or max(gpus_per_node, 1),
+        max_restarts=max_restarts,
         name=name,
         partition=partition,
         account=account,

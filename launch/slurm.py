@@ -22,6 +22,7 @@ class SlurmJob:
     time: limit of one attempt as sbatch reads it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
     stop_s: seconds before that limit at which the ranks are told to commit and stop.
     max_requeues: attempts after the first one.
+    max_restarts: restarts of the ranks inside one attempt, after one of them has failed.
     extra: further sbatch options, such as "--qos=long" or "--exclusive".
     torchrun: the executable; give the path of the right environment's, because a job may start without its PATH.
     """
@@ -38,6 +39,7 @@ class SlurmJob:
     time: str = "24:00:00"
     stop_s: int = 300
     max_requeues: int = 100
+    max_restarts: int = 3
     extra: tuple[str, ...] = ()
     torchrun: str = "torchrun"
 
@@ -63,6 +65,7 @@ class SlurmJob:
             "cpus_per_rank": 1,
             "stop_s": 30,
             "max_requeues": 0,
+            "max_restarts": 0,
         }
         for field, limit in least.items():
             value = getattr(self, field)
@@ -98,6 +101,7 @@ def write_sbatch(job: SlurmJob) -> str:
         "RANKS_PER_NODE": str(job.nproc_per_node),
         "STOP_S": str(job.stop_s),
         "MAX_REQUEUES": str(job.max_requeues),
+        "MAX_RESTARTS": str(job.max_restarts),
     }
     assignments = "\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
     settings = ENVIRONMENT + (NCCL_ENVIRONMENT if job.gpus_per_node else "")
@@ -193,7 +197,7 @@ srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PE
   --open-mode=append --output="$RUN_FOLDER/logs/slurm-%j-node%n.log" \\
   "$TORCHRUN" --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE" \\
   --rdzv-backend c10d --rdzv-endpoint "$head_node:$rdzv_port" --rdzv-id "$SLURM_JOB_ID" \\
-  -m exfm.trainer "$CONFIG"
+  --max-restarts "$MAX_RESTARTS" -m exfm.trainer "$CONFIG"
 status=$?
 [ "$status" -eq 0 ] && exit 0
 

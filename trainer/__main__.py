@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 from exfm.data.errors import UserError
 from exfm.trainer.config import JobConfig, load_config
@@ -25,10 +26,13 @@ def main() -> int:
     return rank_main(config, rank_env())
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     # everything is committed: native threads of the libraries now and then abort a rank while the interpreter is torn down
     # (seen on gloo as "terminate called without an active exception"), which would make torchrun call a good job failed
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,11 +1,13 @@
 """What torchrun tells a rank, the device it gets and the process group. The one place here that reads os.environ."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -69,10 +71,41 @@ def process_group(env: RankEnv, device: torch.device, timeout_s: float) -> Itera
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if env.launched:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = fresh_part(store, rank, world_size, timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def fresh_part(store: Any, rank: int, world_size: int, timeout_s: float) -> Any:
+    """The part of a store that belongs to this start of the ranks; all ranks call. TimeoutError names the ranks that never came.
+
+    torchrun keeps one store over its restarts, with the addresses that dead ranks left in it (torch 2.13), and its restart
+    count may differ between nodes. So rank 0 answers every greeting that it finds until all living ranks have confirmed.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank != 0:
+        store.set(f"greeting/{rank}", me)
+        start = store.get(f"answer/{me}").decode()
+        store.set(f"confirmed/{start}/{rank}", "")
+        return dist.PrefixStore(start, store)
+    answered: dict[int, str] = {}
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"confirmed/{me}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"greeting/{other}"]):
+                greeting = store.get(f"greeting/{other}").decode()
+                if answered.get(other) != greeting:
+                    store.set(f"answer/{greeting}", me)
+                    answered[other] = greeting
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank(s) {', '.join(map(str, sorted(missing)))} did not join within {timeout_s:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(me, store)

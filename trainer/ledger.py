@@ -1,4 +1,4 @@
-"""The ledger: which examples were learned, in committed order, and the audit that proves none was skipped or repeated."""
+"""The ledger: which examples were learned or knowingly left out, in committed order, and the audit that proves it."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,13 +13,16 @@ from exfm.data.hashing import id_sum
 from exfm.data.reader import SliceReader
 
 TYPES = pa.schema(
-    {"slice": pa.int64(), "start": pa.int64(), "stop": pa.int64(), "id_sum": pa.uint64(), "world_size": pa.int32(), "attempt": pa.int32()}
+    {"slice": pa.int64(), "start": pa.int64(), "stop": pa.int64(), "id_sum": pa.uint64(), "world_size": pa.int32(), "attempt": pa.int32(), "skipped": pa.bool_()}
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Positions [start, stop) of a slice were learned; id_sum: order-free digest of the example ids that the model got."""
+    """Positions [start, stop) of a slice were learned, or left out after a bad loss (`skipped`).
+
+    id_sum: order-free digest of the example ids that the model got.
+    """
 
     slice: int
     start: int
@@ -27,6 +30,7 @@ class Entry:
     id_sum: int
     world_size: int
     attempt: int
+    skipped: bool = False
 
 
 def write_ledger(fs: Filesystem, path: str, entries: list[Entry]) -> None:
@@ -45,9 +49,9 @@ def read_ledger(fs: Filesystem, path: str) -> list[Entry]:
 def audit(entries: list[Entry], slices: range, open_reader: Callable[[int], SliceReader]) -> dict[str, Any]:
     """Compare the ledger with the data. open_reader(slice) -> SliceReader of the job's own order.
 
-    Returns counts; UserError names the first gap, overlap or difference in ids.
+    Returns counts; skipped: examples that the ledger says were left out. UserError names the first gap, overlap or difference in ids.
     """
-    examples = 0
+    examples = skipped = 0
     done = []
     for index in slices:
         mine = [e for e in entries if e.slice == index]
@@ -62,12 +66,15 @@ def audit(entries: list[Entry], slices: range, open_reader: Callable[[int], Slic
                 raise UserError(
                     f"slice {index}: positions {min(position, entry.start)}..{max(position, entry.start)} were {kind}"
                 )
-            if entry.id_sum != id_sum(ids[reader.order.rows(entry.start, entry.stop)]):
+            if not entry.skipped and entry.id_sum != id_sum(ids[reader.order.rows(entry.start, entry.stop)]):
                 raise UserError(
                     f"slice {index} positions {entry.start}..{entry.stop}: the examples learned are not those of the data"
                 )
             position = entry.stop
-        examples += position
+            if entry.skipped:
+                skipped += entry.stop - entry.start
+            else:
+                examples += entry.stop - entry.start
         done.append({"slice": index, "examples": position, "of": reader.examples})
     stray = [e.slice for e in entries if e.slice not in {d["slice"] for d in done}]
     if stray:
@@ -79,4 +86,5 @@ def audit(entries: list[Entry], slices: range, open_reader: Callable[[int], Slic
             raise UserError(
                 f"slice {part['slice']}: {part['of'] - part['examples']} of {part['of']} examples were skipped"
             )
-    return {"slices": len(done), "examples": examples, "skipped": 0, "repeated": 0, "last": done[-1] if done else None}
+    last = done[-1] if done else None
+    return {"slices": len(done), "examples": examples, "skipped": skipped, "repeated": 0, "last": last}

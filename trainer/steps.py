@@ -12,6 +12,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from exfm.data.batch import Batch
 from exfm.trainer.build import Built
 from exfm.trainer.objective import StepOutput
+from exfm.trainer.watch import Doing
 
 COPIES_IN_FLIGHT = 2
 PIPELINES: dict[str, Any] = {"base": TrainPipelineBase, "sparse_dist": TrainPipelineSparseDist}
@@ -20,15 +21,17 @@ PIPELINES: dict[str, Any] = {"base": TrainPipelineBase, "sparse_dist": TrainPipe
 class Feed(Iterator[Batch]):
     """Hands batches to a pipeline, keeps those in flight, and can be ended early: the pipeline then drains."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Iterator[Batch], doing: Doing | None = None) -> None:
+        self.batches, self.doing = batches, doing or Doing()
         self.in_flight: deque[Batch] = deque()
         self.ended = False
 
     def __next__(self) -> Batch:
         if self.ended:
             raise StopIteration
+        self.doing.phase = "reading a batch"
         batch = next(self.batches)
+        self.doing.phase = "training step"
         self.in_flight.append(batch)
         return batch
 

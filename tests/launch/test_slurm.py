@@ -80,7 +80,8 @@ def test_each_node_gets_exactly_one_torchrun_with_exactly_these_arguments(cluste
     assert cluster.run(script, job.run_folder) == 0
 
     torchrun = ["--nnodes", "2", "--nproc-per-node", "4", "--rdzv-backend", "c10d"]
-    torchrun += ["--rdzv-endpoint", "node-a:23456", "--rdzv-id", "123456", "-m", "exfm.trainer", str(job.config)]
+    torchrun += ["--rdzv-endpoint", "node-a:23456", "--rdzv-id", "123456"]
+    torchrun += ["--max-restarts", "3", "-m", "exfm.trainer", str(job.config)]
     srun = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8", "--kill-on-bad-exit=0", "--wait=300"]
     srun += ["--open-mode=append", f"--output={job.run_folder}/logs/slurm-%j-node%n.log", "torchrun"]
     assert cluster.calls("torchrun") == [torchrun]

@@ -1,0 +1,64 @@
+"""exit.json: how a launch of a job ended, in the words of the first rank that failed. torchrun turns every code into 1."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from exfm.trainer.env import RankEnv
+
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def write_exit(folder: Path, code: int, message: str, env: RankEnv, final: bool = False) -> None:
+    """Whole or not at all. The first rank that fails has its word; later ones fail because of it.
+
+    final: another attempt would end the same way.
+    """
+    if code in (DONE, STOPPED) and env.rank != 0:
+        return
+    path, temporary = folder / "exit.json", folder / f"exit.json.{env.rank}"
+    word = {
+        "exit_code": code,
+        "message": message,
+        "rank": env.rank,
+        "run_id": env.run_id,
+        "attempt": env.attempt,
+        "final": final,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if code == FAILED and _spoken(read_exit(folder), env):
+            return
+        temporary.write_text(json.dumps(word))
+        os.replace(temporary, path)
+    except OSError:  # a full disk must not hide the message, which is printed too
+        temporary.unlink(missing_ok=True)
+
+
+def read_exit(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / "exit.json").read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def _spoken(word: dict[str, Any] | None, env: RankEnv) -> bool:
+    """Whether a rank of this attempt has said already why it failed."""
+    return (
+        word is not None
+        and word["run_id"] == env.run_id
+        and word["attempt"] >= env.attempt
+        and word["exit_code"] not in (DONE, STOPPED)
+    )
+
+
+def decided(folder: Path, env: RankEnv) -> int | None:
+    """The exit code of an earlier attempt of this launch that another one cannot change; None to go on.
+
+    torchrun restarts ranks whatever their exit code; a genuinely new launch is at attempt 0.
+    """
+    word = read_exit(folder)
+    if word is None or not word["final"] or word["run_id"] != env.run_id or word["attempt"] >= env.attempt:
+        return None
+    return int(word["exit_code"])
