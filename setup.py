@@ -25,9 +25,11 @@ setup(
         "pydantic>=2",
         "PyYAML",
         "rich",
+        "safetensors",
         "tensorboard",
         "typer",
+        "xxhash",
     ],
-    extras_require={"deepspeed": ["deepspeed==0.19.8"]},
+    extras_require={"deepspeed": ["deepspeed==0.19.8"], "s3": ["s3fs"]},
     entry_points={"console_scripts": ["exfm = exfm.launch.cli:main"]},
 )

@@ -1,7 +1,10 @@
 """Reading a committed folder: every byte is checked against its block's checksum before it is used."""
 
 import math
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ from torch.futures import Future
 
 from exfm.checkpoints.layout import (
     BLOCK_BYTES,
-    INDEX,
     SUM_DIGITS,
     Chunk,
     Damaged,
@@ -35,7 +37,9 @@ from exfm.checkpoints.sources import steps
 from exfm.checkpoints.storage import Storage
 
 PART_BYTES = 2**26
+THREADS = 2  # one reads while the other checks
 CACHED_BLOCKS = 2
+OPEN_FILES = 8  # each with its blocks; a folder may have thousands
 
 
 class CheckedFile:
@@ -45,6 +49,7 @@ class CheckedFile:
         self.storage, self.path, self.record = storage, f"{folder}/{record.path}", record
         self.shown = f"{storage.url}/{self.path}"
         self._blocks: OrderedDict[int, memoryview] = OrderedDict()
+        self._lock = threading.Lock()
         try:
             size = storage.size(self.path)
         except FileNotFoundError:
@@ -60,11 +65,12 @@ class CheckedFile:
             first, last = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self.record.bytes)
             upto = min(stop, last)
             room = target[position - start : upto - start]
-            if position == first and upto == last and number not in self._blocks:
+            if position == first and upto == last:
                 self._read(first, room)
                 self._check(number, room)
             else:
-                room[:] = self._block(number, first, last)[position - first : upto - first]
+                with self._lock:
+                    room[:] = self._block(number, first, last)[position - first : upto - first]
             position = upto
 
     def _block(self, number: int, first: int, last: int) -> memoryview:
@@ -90,12 +96,13 @@ class CheckedFile:
                 f"{number * BLOCK_BYTES + len(block)}"
             )
 
-    def check(self) -> None:
+    def check(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Read all of it."""
         room = memoryview(bytearray(min(BLOCK_BYTES, max(self.record.bytes, 1))))
         for first, last in steps(self.record.bytes, BLOCK_BYTES):
             self._read(first, room[: last - first])
             self._check(first // BLOCK_BYTES, room[: last - first])
+            progress(last - first)
 
 
 class Folder:
@@ -105,15 +112,15 @@ class Folder:
         self.storage, self.folder, self.manifest = storage, folder, manifest
         *self._records, index = records(manifest)
         self._files: dict[int, CheckedFile] = {}
-        where = f"{storage.url}/{folder}/{INDEX}"
-        if index.path != INDEX:
-            raise Damaged(f"{storage.url}/{folder} names {index.path} where its index should be")
-        text = memoryview(bytearray(min(index.bytes, storage.size(f"{folder}/{INDEX}") if index.bytes else 0)))
-        CheckedFile(storage, folder, index).read_into(0, text)
-        self.index = parse_index(bytes(text), self._records, where)
+        file = CheckedFile(storage, folder, index)
+        text = memoryview(bytearray(index.bytes))
+        file.read_into(0, text)
+        self.index = parse_index(bytes(text), self._records, file.shown)
 
     def file(self, number: int) -> CheckedFile:
         if number not in self._files:
+            while len(self._files) >= OPEN_FILES:
+                del self._files[next(iter(self._files))]
             self._files[number] = CheckedFile(self.storage, self.folder, self._records[number])
         return self._files[number]
 
@@ -134,10 +141,12 @@ class Folder:
             whole[where] = self.box(entry, chunk, 0, chunk.sizes[0] if chunk.sizes else 1)
         return whole
 
-    def check(self) -> None:
-        """Read every byte. Damaged names the first file that differs."""
-        for number in range(len(self._records)):
-            self.file(number).check()
+    def check(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Read every byte. Damaged names the first file that differs. progress: told of every few MiB, from any thread."""
+        files = [CheckedFile(self.storage, self.folder, record) for record in self._records]
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-check") as pool:
+            for _ in pool.map(lambda file: file.check(progress), files):
+                pass
 
 
 def copy_rows(folder: Folder, entry: Entry, chunk: Chunk, offsets: tuple[int, ...], target: Tensor) -> None:
@@ -148,15 +157,26 @@ def copy_rows(folder: Folder, entry: Entry, chunk: Chunk, offsets: tuple[int, ..
     whole_rows = tuple(target.shape[1:]) == chunk.sizes[1:]
     row_bytes = math.prod(chunk.sizes[1:]) * entry.dtype.itemsize
     straight = whole_rows and target.dtype == entry.dtype and target.device.type == "cpu" and target.is_contiguous()
-    for first, last in steps(target.shape[0], max(1, PART_BYTES // max(row_bytes, 1))):
+
+    def copy(rows: tuple[int, int]) -> None:
+        first, last = rows
         if straight:
             start = chunk.start + (offsets[0] + first) * row_bytes
             folder.file(chunk.file).read_into(start, bytes_of(target[first:last]))
-            continue
+            return
         part = folder.box(entry, chunk, offsets[0] + first, last - first)
         for dim in range(1, part.dim()):
             part = part.narrow(dim, offsets[dim], target.shape[dim])
         target[first:last].copy_(part)
+
+    ranges = list(steps(target.shape[0], max(1, PART_BYTES // max(row_bytes, 1))))
+    folder.file(chunk.file)  # opened once
+    if len(ranges) == 1:
+        copy(ranges[0])
+        return
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-load") as pool:
+        for _ in pool.map(copy, ranges):
+            pass
 
 
 class ShardReader(StorageReader):

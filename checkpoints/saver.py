@@ -31,6 +31,10 @@ from exfm.data.errors import UserError
 from exfm.sharding.shards import Kernel, Shard
 
 
+# ranks write for as long as it takes; one that died is noticed at once, one that hangs by the job's watch
+PATIENCE = timedelta(days=1)
+
+
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the previous commit is intact."""
 
@@ -81,14 +85,13 @@ class Saver:
         device: torch.device,
         kernels: Sequence[Kernel],
         plan: Sequence[dict[str, Any]],
-        timeout_s: float,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.storage, self.config, self.device, self.say = storage, config, device, say
         self.starts = {str(row["table"]): column_starts(row) for row in plan}
         needs_marks = config.full_every > 1 or config.staging == "copy_on_write"
         self.touched = Touched(kernels) if needs_marks else None
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         pinned = device.type == "cuda"
         self.copies = Copies(pinned)
         self.buffers = Buffers(config.buffer_mib * MIB, pinned)
@@ -98,6 +101,7 @@ class Saver:
         self.last: Saved | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._preparing: threading.Thread | None = None
 
     # ---------------------------------------------------------------- on the training thread
 
@@ -106,6 +110,15 @@ class Saver:
         self.base, self.deltas = found, deltas
         if self.touched is not None:
             self.touched.clear()
+
+    def prepare(self, state: dict[str, Tensor]) -> None:
+        """Take the memory of `staging: full` in the background, so that the first save need not wait for it."""
+        if self.config.staging == "full":
+            wanted = [((name, offsets), box) for name, tensor in state.items() for offsets, box in boxes(tensor)]
+            self._preparing = threading.Thread(
+                target=self.copies.reserve, args=(wanted,), name="checkpoint-memory", daemon=True
+            )
+            self._preparing.start()
 
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -117,6 +130,9 @@ class Saver:
         """
         begun = time.monotonic()
         self.wait()
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         staged = self._stage(request)
         staged.read_at = time.monotonic()
         self.progress = Progress()
@@ -247,7 +263,7 @@ class Saver:
             with contextlib.suppress(Exception):  # an unfinished checkpoint must not keep the disk full
                 from_rank_0(lambda: self._abandon(name), self.group)
             where = f"{self.storage.url}/{name}" if name else self.storage.url
-            return SaveError(f"cannot write {where}: {cause(error)}; the last commit is intact; free some space")
+            return SaveError(f"cannot write checkpoint {where}: {cause(error)}; the last commit is intact")
         return None
 
     def _new_folder(self, step: int) -> str:

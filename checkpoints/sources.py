@@ -6,7 +6,7 @@ one column. Buffers are reused: a part is good until BUFFERS - 1 further parts w
 
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -223,6 +223,11 @@ class Copies:
     def take(self, key: object, tensor: Tensor) -> Memory:
         """A copy of `tensor`, good until the next one under the same key. Asynchronous on a GPU: synchronise after the last."""
         return Memory(self._room(key, tensor.shape, tensor.dtype).copy_(tensor.detach(), non_blocking=True))
+
+    def reserve(self, wanted: Sequence[tuple[object, Tensor]]) -> None:
+        """Take the memory of copies of (key, tensor). Touching it here is what takes long, not the copy itself."""
+        for key, tensor in wanted:
+            self._room(key, tensor.shape, tensor.dtype).view(-1).view(torch.uint8)[:: mmap.PAGESIZE] = 0
 
     def gather(self, key: object, tensor: Tensor, rows: Tensor) -> Memory:
         """A copy of some rows [n] i64 of `tensor`."""

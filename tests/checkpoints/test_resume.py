@@ -145,7 +145,7 @@ def restored(raw: Raw) -> dict[str, torch.Tensor]:
         held = Job(parsed(raw), here(), CPU, lambda: False)
         assert held.restore()
         root = Path(raw["run"]["folder"]) / "held"
-        saver = Saver(Storage(root), CheckpointConfig(), CPU, held.built.kernels, held.built.plan, 60)
+        saver = Saver(Storage(root), CheckpointConfig(), CPU, held.built.kernels, held.built.plan)
         saver.save(Request(held.progress.step, held.state, {}, {}))
         saver.wait()
         saver.close()
