@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class LocalJob:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     asked: bool = False
     settled: bool = False
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
     _read: int = 0
     last: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -64,7 +66,9 @@ class LocalJob:
         (self.folder / "exit.json").unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         self._read = metrics.stat().st_size if metrics.exists() else 0
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.nproc)]
+        # as --standalone does it, but with a name that is known here
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", self.run_id]
         command += ["--max-restarts", str(self.max_restarts)]
         command += ["-m", "exfm.trainer", str(self.config)]
         for item in self.sets:
@@ -88,7 +92,7 @@ class LocalJob:
 
     def settle(self) -> None:
         """Keep torchrun from starting ranks again that have said their last word."""
-        word = read_exit(self.folder) if self.running() and not self.settled else None
+        word = self._word() if self.running() and not self.settled else None
         if word is not None and word["final"]:
             self.settled = True
             self.stop()
@@ -114,10 +118,15 @@ class LocalJob:
         self.last = nan_for_null(json.loads(lines[-1]))
         return self.last
 
+    def _word(self) -> dict[str, Any] | None:
+        """exit.json of this launch: another one that was kept out of the folder has left its word there too."""
+        word = read_exit(self.folder)
+        return word if word is not None and word["run_id"] == self.run_id else None
+
     def outcome(self) -> tuple[int, str]:
         """(exit code, message) of an ended job: exit.json's word, or torchrun's with the end of the log."""
         assert self.process is not None
-        if (word := read_exit(self.folder)) is not None:
+        if (word := self._word()) is not None:
             return int(word["exit_code"]), str(word["message"])
         if self.process.returncode == 0:
             return 0, ""

@@ -28,7 +28,9 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def start(folder: Path, name: str, stream: Path, **changes: Any) -> subprocess.Popen[str]:
+def start(
+    folder: Path, name: str, stream: Path, options: tuple[str, ...] = (), **changes: Any
+) -> subprocess.Popen[str]:
     """`exfm train` in a process group of its own, as a shell starts it."""
     raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     raw["run"] |= {"folder": str(folder / "run"), "device": "cpu", "log_every_s": 0.2, "nan_check_steps": 2}
@@ -38,7 +40,7 @@ def start(folder: Path, name: str, stream: Path, **changes: Any) -> subprocess.P
         raw[section] = {**raw.get(section, {}), **values}
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "exfm.launch.cli", "train", str(config)]
+    command = [sys.executable, "-m", "exfm.launch.cli", "train", str(config), *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -91,6 +93,8 @@ def test_a_student_that_waits_for_supervision_stops_at_once_and_a_second_job_is_
     second = start(tmp_path, "synth_student", stream, distillation=learn)
     assert second.wait(60) == 2
     assert second.stderr is not None and "another job is running in" in second.stderr.read()
+    time.sleep(1)
+    assert process.poll() is None, "the word of the one that was kept out is not taken for this one's"
     begun = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 75
