@@ -198,7 +198,8 @@ class Campaign:
         newest = found[-1].step if found else 0
         steps = steps_done(run / "metrics.jsonl", read)
         _check_life(outcome, steps, step)
-        limit = job.commit_every(self.slices, self.rows)
+        # a save may still be in flight, and the one before it is then the last commit
+        limit = 2 * job.commit_every(self.slices, self.rows)
         redone = max([step, *steps]) - newest
         if not 0 <= redone <= limit:
             outcome.blame("resume", f"{redone} steps were lost, between commits there are at most {limit}")

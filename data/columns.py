@@ -92,6 +92,13 @@ def make_batch(table: pa.Table, rows: np.ndarray, size: int, want: BatchColumns,
     )
 
 
+def padding(want: BatchColumns, size: int) -> Batch:
+    """A Batch of `size` padding rows."""
+    types = want.schema.feature_types() | want.schema.label_types()
+    table = pa.table({name: pa.array([], type=kind) for name, kind in types.items()})
+    return make_batch(table, np.empty(0, np.int64), size, want, "padding")
+
+
 def _last_to_first(want: BatchColumns) -> list[int]:
     """Indexes of the domains, the one that counts last: the job's own, else the first match."""
     order = list(reversed(range(len(want.domains))))

@@ -14,6 +14,7 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from exfm.data.batch import Batch
 from exfm.data.hashing import salt_of
 from exfm.distillation.heads import DistillationHeads
 from exfm.embeddings.tables import build_collection, fill_initial, pooled_features
@@ -93,6 +94,23 @@ def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
         groups.append(heads)
     optimizers = Optimizers(config.optim, groups, shards)
     return Built(model, served, heads, adapter, optimizers, kernels, describe(plan))
+
+
+def rehearse(built: Built, batch: Batch, device: torch.device) -> None:
+    """A forward and backward pass on padding alone, which changes no weight.
+
+    After its first backward DDP lays out its buckets anew, and gloo's sum of 3 ranks rounds by a value's place in the
+    buffer: without this the first step after a restart would differ in the last bit from the same step of a job that never
+    stopped.
+    """
+    adapter = built.adapter
+    if adapter is not None:
+        adapter.eval()  # it would fit itself
+    loss, _ = built.model(batch.to(device))
+    loss.backward()
+    built.optimizers.zero_grad()
+    if adapter is not None:
+        adapter.train()
 
 
 def build_dense(config: JobConfig, device: torch.device) -> tuple[Served, DistillationHeads | None, Adapter | None]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
+from exfm.checkpoints.config import CheckpointConfig
 from exfm.data.errors import UserError
 from exfm.data.manifest import Stream
 from exfm.data.reader import StreamConfig, slices_of
@@ -35,10 +36,32 @@ class RunConfig(BaseModel):
     threads_per_rank: int = Field(1, gt=0)
     log_every_s: float = Field(5.0, gt=0)
     timeout_s: float = Field(600.0, gt=0, description="of every collective")
+    hang_s: float = Field(300.0, gt=0, description="a rank still for so long ends the job, naming who it waits for")
     nan_check_steps: int = Field(
         16, gt=0, description="a non-finite loss is noticed at most twice this many steps late"
     )
-    max_restores: int = Field(1, ge=0, description="restores of the last commit after a non-finite loss, then exit 1")
+    on_bad_loss: Literal["fail", "restore", "skip"] = Field(
+        "restore",
+        description="go back to the last commit; skip: and leave out the examples from it to where it was noticed",
+    )
+    max_restores: int = Field(1, ge=0, description="restores of the last commit after a bad loss, then exit 1")
+    spike_factor: float = Field(
+        0.0, ge=0, description="a global batch's loss above so many times its running mean is bad too; 0: off"
+    )
+
+    @field_validator("hang_s")
+    @classmethod
+    def _within_timeout(cls, value: float, info: ValidationInfo) -> float:
+        if value > (limit := info.data.get("timeout_s", value)):
+            raise ValueError(f"more than run.timeout_s {limit:g}, after which collectives fail anyway; lower it")
+        return value
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _off_or_above_1(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError("the factor of a spike is above 1, or 0 for off")
+        return value
 
 
 class HeadsConfig(BaseModel):
@@ -54,16 +77,6 @@ class DenseEngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["ddp"] = "ddp"
-
-
-class CheckpointConfig(BaseModel):
-    """Section `checkpoint`. One is committed at every `every_slices`-th slice end, at the end, and inside slices every
-    `every_examples` examples (0: never). keep: newest ones kept."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    every_slices: int = Field(1, gt=0)
-    every_examples: int = Field(0, ge=0)
-    keep: int = Field(2, gt=0)
 
 
 class EvaluationConfig(BaseModel):
@@ -90,6 +103,11 @@ class JobConfig(BaseModel):
     distillation: DistillationConfig = DistillationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Folder or URL of the job's commits."""
+        return self.checkpoint.folder or str(Path(self.run.folder) / "checkpoints")
 
     def identity(self) -> dict[str, Any]:
         """What must be equal to continue a checkpoint: all that decides weights, nothing about where or how fast."""

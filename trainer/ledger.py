@@ -1,9 +1,10 @@
 """The ledger: which examples were learned or knowingly left out, in committed order, and the audit that proves it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,11 +40,26 @@ def write_ledger(fs: Filesystem, path: str, entries: list[Entry]) -> None:
     commit(fs, path, sink.getvalue().to_pybytes())
 
 
+def as_array(entries: list[Entry]) -> np.ndarray:
+    """[entries, fields] i64, as a checkpoint holds it; the unsigned id_sum by its bits."""
+    rows = [[f - 2**64 if f >= 2**63 else f for f in map(int, astuple(e))] for e in entries]
+    return np.array(rows, np.int64).reshape(len(rows), len(fields(Entry)))
+
+
+def from_array(rows: np.ndarray) -> list[Entry]:
+    """The inverse of `as_array`."""
+    named = ({f.name: value for f, value in zip(fields(Entry), row, strict=True)} for row in rows.tolist())
+    return [Entry(**(e | {"id_sum": e["id_sum"] % 2**64, "skipped": bool(e["skipped"])})) for e in named]
+
+
 def read_ledger(fs: Filesystem, path: str) -> list[Entry]:
     if not fs.exists(path):
         return []
     with fs.open(path, "rb") as f:
-        return [Entry(**row) for row in pq.read_table(f).to_pylist()]
+        try:
+            return [Entry(**row) for row in pq.read_table(f).to_pylist()]
+        except (pa.ArrowException, TypeError, OSError) as error:
+            raise UserError(f"{path} is no ledger ({error}); the audit needs the one that the job wrote") from None
 
 
 def audit(entries: list[Entry], slices: range, open_reader: Callable[[int], SliceReader]) -> dict[str, Any]:

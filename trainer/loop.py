@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from exfm.checkpoints.store import committed, load, load_partials, on_rank_0, save
+from exfm.data.columns import padding
 from exfm.data.commit import commit_json, open_folder
 from exfm.data.errors import UserError
 from exfm.data.hashing import id_sum
@@ -19,22 +19,20 @@ from exfm.data.manifest import Stream, open_stream
 from exfm.data.reader import SliceReader, ahead, open_slice, slices_of
 from exfm.distillation.supervision import SupervisionLog, genesis
 from exfm.sharding.planner import plan_table
-from exfm.trainer.build import build
+from exfm.trainer.build import build, rehearse
 from exfm.trainer.columns import batch_columns
+from exfm.trainer.commits import Commits
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
-from exfm.trainer.ledger import Entry, read_ledger, write_ledger
+from exfm.trainer.guard import Check, LossGuard, Position
+from exfm.trainer.ledger import Entry
 from exfm.trainer.log import RunLog
 from exfm.trainer.metrics import Metrics, Predictions
 from exfm.trainer.publish import Publisher
-from exfm.trainer.state import canonical_state, check_identity, random_state, restore_random
 from exfm.trainer.steps import PIPELINES, Feed, HostCopies, Pipeline
 from exfm.trainer.summary import slice_line, write_summary
 from exfm.trainer.waiting import wait_together
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; tables have changed since, so only the last commit is good."""
+from exfm.trainer.watch import BUILDING, SAVING, Doing
 
 
 @dataclass
@@ -53,15 +51,26 @@ class Progress:
 class Job:
     """One attempt of a job on this rank."""
 
-    def __init__(self, config: JobConfig, env: RankEnv, device: torch.device, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        env: RankEnv,
+        device: torch.device,
+        should_stop: Callable[[], bool],
+        doing: Doing | None = None,
+    ) -> None:
         self.config, self.env, self.device, self.should_stop = config, env, device, should_stop
+        self.doing = doing or Doing()
+        self.doing.phase = BUILDING
         self.folder = Path(config.run.folder)
         self.stream: Stream = open_stream(config.stream.path)
         self.slices = slices_of(self.stream, config.stream)
         self.first_evaluated = self.slices.start + int(np.ceil(config.evaluation.skip * len(self.slices)))
         self.columns = batch_columns(config, self.stream)
         self.built = build(config, env, device)
-        self.state = canonical_state(self.built, config, device)
+        rehearse(self.built, padding(self.columns, 1), device)
+        self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
+        self.commits = Commits(self)
         self.pipeline = Pipeline(config.run.pipeline, self.built, device)
         self.copies = HostCopies(device)
         self.metrics = Metrics(len(config.stream.domains), len(config.heads.tasks), config.evaluation.bootstrap)
@@ -74,9 +83,10 @@ class Job:
         # one object for all slices: it remembers the versions that it has checked
         self.teacher_log = None if learn is None else SupervisionLog(learn.supervision)
         self.learned_ids = 0
-        self.bad = False
+        self.scored = 0  # position of the next batch whose loss is seen
+        self.guard = LossGuard(config.run.spike_factor)
+        self.skip_to: Position = (self.slices.start, 0)
         self.begun = time.monotonic()
-        self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
 
     def _publisher(self) -> Publisher | None:
         publish = self.config.distillation.publish
@@ -87,36 +97,51 @@ class Job:
 
     # ---------------------------------------------------------------- training
 
+    def close(self) -> None:
+        self.doing.phase = SAVING
+        self.commits.saver.close()
+        self.log.close()
+
     def train(self) -> bool:
         """Train to the end; False if it stopped early with everything committed. A finished job stays as it is."""
         self._announce()
         if self.progress.slice == self.slices.stop and (self.folder / "summary.json").exists():
             self.log.say("finished before; nothing to do")
             return True
+        finished = self._train()
+        self.commits.wait()
+        if finished:
+            write_summary(self)
+        return finished
+
+    def _train(self) -> bool:
         while self.progress.slice < self.slices.stop:
             reader = self.open(self.progress.slice)
             if reader is None:
-                self.commit()
+                self.commits.begin()
                 return False
             while self.progress.consumed < reader.examples:
                 self._segment(reader)
                 stopping = self._agree()
                 if self.progress.consumed < reader.examples:
-                    self.commit()
+                    if stopping or not self.commits.busy():
+                        self.commits.begin()
                     if stopping:
                         return False
-            self._end_slice()
+            evaluated = self._end_slice()
             stopping = self._agree()
             done, last = self.progress.slice - self.slices.start, self.progress.slice == self.slices.stop
-            if last or stopping or done % self.config.checkpoint.every_slices == 0:
-                self.commit()
+            publish = self.commits.publishable(evaluated)
+            regular = done % self.config.checkpoint.every_slices == 0
+            if last or stopping or publish or (regular and not self.commits.busy()):
+                self.commits.begin(publish)
             if stopping and not last:
                 return False
-        write_summary(self)
         return True
 
     def open(self, index: int) -> SliceReader | None:
         """This rank's reader of a slice, with supervision beside it where the job learns from a teacher; None to stop."""
+        self.doing.phase = f"waiting for slice {index}"
         config, learn = self.config.stream, self.config.distillation.learn
         wait_s = config.wait_s if config.on_missing == "wait" else 0.0
         kinds: tuple[Literal["features", "labels"], ...] = ("features", "labels")
@@ -127,6 +152,7 @@ class Job:
             self.stream.wait(index, kind, 0.0)
         sidecar = None
         if learn is not None:
+            self.doing.phase = f"waiting for the supervision of slice {index}"
             log = self.teacher_log
             assert log is not None
             ready = wait_together(lambda: log.manifest(index) is not None, learn.wait_s, self.should_stop)
@@ -136,36 +162,49 @@ class Job:
                 sidecar = partial(log.open_checked, self.stream, tasks=self.config.heads.tasks)
             else:
                 self.log.say(f"slice {index}: no supervision after {learn.wait_s:g} s, learning from labels only")
+        self.doing.phase = f"opening slice {index}"
         seed, rank, world_size = self.config.run.seed, self.env.rank, self.env.world_size
         return open_slice(self.stream, config, self.columns, index, seed, rank, world_size, sidecar)
 
     def _segment(self, reader: SliceReader) -> None:
         """Train from the present position to the next commit point; the pipeline is empty afterwards."""
-        start = self.progress.consumed
+        start = self.scored = self.progress.consumed
+        if self.skip_to > (self.progress.slice, start):
+            return self._skip(reader, start)
         every = self.config.checkpoint.every_examples
         # commit points inside a slice lie on whole global batches
         length = -(-every // reader.global_batch) * reader.global_batch if every else reader.examples
         stop = min(start + length, reader.examples)
-        feed = Feed(self._batches(reader, start, stop))
-        self.learned_ids, steps, check = 0, 0, None
+        feed = Feed(self._batches(reader, start, stop), self.doing)
+        self.learned_ids, steps = 0, 0
+        check: Check | None = None
         try:
             for batch, output in self.pipeline.run(feed):
                 self.copies.put(batch, output)
-                self._consume(drain=False)
+                self._consume(reader, drain=False)
                 self.progress.step += 1
+                self.doing.step = self.progress.step
                 steps += 1
                 before = self.progress.consumed
                 self.progress.consumed = min(start + steps * reader.global_batch, stop)
                 self.progress.examples += self.progress.consumed - before
                 self._line(reader)
                 if steps % self.config.run.nan_check_steps == 0:
-                    if check is not None and self._read(*check):
+                    if check is not None and self._answer(check):
                         feed.ended = True
-                    check = self._flags()
-            self._consume(drain=True)
+                    check = self.guard.ask(self.should_stop())
+            self._consume(reader, drain=True)
+            if check is not None:
+                self._answer(check)
         finally:
             feed.close()
         self._enter(start)
+
+    def _skip(self, reader: SliceReader, start: int) -> None:
+        """Leave out the examples up to `skip_to`, as far as they are in this slice."""
+        p, (index, consumed) = self.progress, self.skip_to
+        p.consumed = min(consumed, reader.examples) if index == p.slice else reader.examples
+        self.entries.append(Entry(p.slice, start, p.consumed, 0, self.env.world_size, self.env.attempt, skipped=True))
 
     def _batches(self, reader: SliceReader, start: int, stop: int) -> Any:
         batches = reader.batches(start, stop)
@@ -174,10 +213,12 @@ class Job:
         depth = self.config.stream.prefetch
         return ahead(batches, depth) if depth else batches
 
-    def _consume(self, drain: bool) -> None:
+    def _consume(self, reader: SliceReader, drain: bool) -> None:
         """Count scored examples: metrics, supervision to publish, ids learned."""
         for batch, logits, loss in self.copies.ready(drain):
-            self.bad |= not np.isfinite(loss)
+            whole = self.scored + reader.global_batch <= reader.examples
+            self.guard.see(loss, (self.progress.slice, self.scored), whole)
+            self.scored += reader.global_batch
             real = batch.ids.numpy() >= 0
             ids = batch.ids.numpy()[real]
             predictions = Predictions(
@@ -204,25 +245,15 @@ class Job:
             )
         self.progress.covered += int(found.sum())
 
-    def _flags(self) -> tuple[torch.Tensor, Any]:
-        """Start agreeing over ranks on (loss not finite, stop asked for)."""
-        flags = torch.tensor([float(self.bad), float(self.should_stop())])
-        return flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
-
-    def _read(self, flags: torch.Tensor, work: Any) -> bool:
-        """Whether to stop. NonFiniteLoss where any rank's loss was not finite."""
-        work.wait()
-        if flags[0] > 0:
-            raise NonFiniteLoss(
-                f"the loss became NaN or infinite in slice {self.progress.slice} before example {self.progress.consumed}"
-            )
-        return bool(flags[1] > 0)
+    def _answer(self, check: Check) -> bool:
+        """Whether to stop. BadLoss where any rank's loss was bad."""
+        return self.guard.answer(check, (self.progress.slice, self.progress.consumed))
 
     def _agree(self) -> bool:
         """Before a commit: the last update's loss is unknown, so the dense weights are looked at too."""
         dense = [p for module in self.built.dense_modules.values() for p in module.parameters()]
-        self.bad |= not bool(torch.stack([p.isfinite().all() for p in dense]).all())
-        return self._read(*self._flags())
+        self.guard.bad |= not bool(torch.stack([p.isfinite().all() for p in dense]).all())
+        return self._answer(self.guard.ask(self.should_stop()))
 
     # ---------------------------------------------------------------- commit points
 
@@ -235,66 +266,15 @@ class Job:
         p = self.progress
         self.entries.append(Entry(p.slice, start, p.consumed, learned, self.env.world_size, self.env.attempt))
 
-    def _end_slice(self) -> None:
-        slice_line(self)
+    def _end_slice(self) -> dict[str, Any]:
+        """The merged metrics of the slice, by group and task."""
+        self.doing.phase = f"ending slice {self.progress.slice}"
+        metrics = slice_line(self)
         self.metrics.slice[:] = 0
         if self.publisher is not None:
             self.progress.version = self.publisher.publish(self.progress.slice, self.progress.version)
         self.progress.slice, self.progress.consumed = self.progress.slice + 1, 0
-
-    def commit(self) -> None:
-        """Ledger first, then the checkpoint whose manifest says how much of the ledger counts."""
-        p = self.progress
-        on_rank_0(lambda: write_ledger(self.ledger_fs, self.ledger_path, self.entries))
-        p.seconds += time.monotonic() - self.begun
-        self.begun = time.monotonic()
-        partials = {f"metrics/{k}": v for k, v in self.metrics.state().items()} | random_state(self.device)
-        counts = {"progress/covered": np.array(p.covered)}
-        if self.publisher is not None:
-            partials |= {f"publish/{k}": v for k, v in self.publisher.state().items()}
-        manifest = {
-            "identity": self.config.identity(),
-            "config": self.config.model_dump(mode="json"),
-            "plan": self.built.plan,
-            "position": {"slice": p.slice, "consumed": p.consumed},
-            "version": p.version,
-            "optimizer_steps": self.built.optimizers.steps,
-            "ledger_entries": len(self.entries),
-            "first_evaluated": self.first_evaluated,
-            "examples": p.examples,
-            "seconds": p.seconds,
-        }
-        save(self.folder / "checkpoints", p.step, self.state, partials | counts, manifest, self.config.checkpoint.keep)
-
-    def restore(self) -> bool:
-        """Continue from the newest commit; False if there is none. UserError for a checkpoint of another config."""
-        found = committed(self.folder / "checkpoints")
-        if not found:
-            return False
-        newest = found[-1]
-        check_identity(newest, self.config)
-        load(newest, self.state)
-        m, p = newest.manifest, self.progress
-        p.slice, p.consumed, p.step = m["position"]["slice"], m["position"]["consumed"], newest.step
-        p.version, p.seconds, p.examples = m["version"], m["seconds"], m["examples"]
-        if p.slice > self.slices.stop:
-            raise UserError(
-                f"{newest.folder} has trained slices up to {p.slice}; stream.last {self.slices.stop} is before that"
-            )
-        if p.slice > m["first_evaluated"]:  # an evaluation that has begun keeps its window when stream.last changes
-            self.first_evaluated = m["first_evaluated"]
-        self.built.optimizers.steps = m["optimizer_steps"]
-        self.entries = read_ledger(self.ledger_fs, self.ledger_path)[: m["ledger_entries"]]
-        share = load_partials(newest)
-        for partials in share:
-            self.metrics.merge({k: partials[f"metrics/{k}"] for k in self.metrics.state()})
-            p.covered += int(partials["progress/covered"])
-            if self.publisher is not None:
-                self.publisher.add(partials["publish/rows"], partials["publish/logits"])
-        if m["world_size"] == self.env.world_size:
-            restore_random(share[0], self.device)
-        self.log.say(f"resumed from {newest.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
-        return True
+        return metrics
 
     # ---------------------------------------------------------------- talk
 
@@ -314,3 +294,5 @@ class Job:
     def _line(self, reader: SliceReader) -> None:
         if self.log.due():
             slice_line(self, reader)
+            if self.commits.saver.busy():
+                self.log.say(self.commits.saver.progress_line())

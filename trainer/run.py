@@ -2,60 +2,78 @@
 
 import fcntl
 import gc
-import json
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import yaml
 
-from exfm.checkpoints.store import SaveError
+from exfm.checkpoints.saver import SaveError
 from exfm.data.commit import commit, open_folder
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.trainer.config import JobConfig, check_against_stream, check_ranks
+from exfm.trainer.ending import DONE, FAILED, STOPPED, WRONG_INPUT, decided, write_exit
 from exfm.trainer.env import RankEnv, pick_device, process_group
-from exfm.trainer.loop import Job, NonFiniteLoss
+from exfm.trainer.guard import BadLoss, Position, recover
+from exfm.trainer.loop import Job
+from exfm.trainer.watch import JOINING, RESTORING, Doing, RankLost, Watch
 
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 
-
-def run_job(config: JobConfig, env: RankEnv, should_stop: Callable[[], bool] = lambda: False) -> int:
-    """Train to the end or a stop; DONE or STOPPED. UserError, SaveError or NonFiniteLoss where it cannot go on."""
+def run_job(
+    config: JobConfig, env: RankEnv, should_stop: Callable[[], bool] = lambda: False, watch: Watch | None = None
+) -> int:
+    """Train to the end or a stop; DONE or STOPPED. UserError, SaveError, BadLoss or RankLost where it cannot go on."""
     check_ranks(config, env.world_size)
     check_against_stream(config, open_stream(config.stream.path))
     device = pick_device(config.run.device, env)
     torch.set_num_threads(config.run.threads_per_rank)
-    with process_group(env, device, config.run.timeout_s), run_lock(config, env):
-        for attempt in range(config.run.max_restores + 1):
+    doing = watch.doing if watch else Doing()
+    doing.phase = JOINING
+    with (
+        process_group(env, device, config.run.timeout_s),
+        watch.joined() if watch else nullcontext(),
+        run_lock(config, env),
+    ):
+        failure: tuple[str, Position] | None = None
+        for left in reversed(range(config.run.max_restores + 1)):
             try:
-                return _attempt(config, env, device, should_stop)
-            except NonFiniteLoss as error:
-                if attempt == config.run.max_restores:
+                return _attempt(config, env, device, should_stop, doing, failure)
+            except BadLoss as error:
+                if left == 0 or config.run.on_bad_loss == "fail":
                     raise
-                failure = str(error)
+                failure = str(error), error.position
             # the failed attempt's model is gone before the next one is built: two may not fit
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            print(f"[{config.run.name}] {failure}; restoring the last commit", file=sys.stderr, flush=True)
     raise AssertionError("unreachable")
 
 
-def _attempt(config: JobConfig, env: RankEnv, device: torch.device, should_stop: Callable[[], bool]) -> int:
-    job = Job(config, env, device, should_stop)
+def _attempt(
+    config: JobConfig,
+    env: RankEnv,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+    doing: Doing,
+    failure: tuple[str, Position] | None,
+) -> int:
+    """failure: the bad loss, and where it was noticed, that ended the attempt before."""
+    job = Job(config, env, device, should_stop, doing)
     try:
-        job.restore()
+        doing.phase = RESTORING
+        resumed = job.commits.restore()
+        if failure:
+            recover(job, *failure, resumed)
         if env.rank == 0:
             _save_config(config)
         return DONE if job.train() else STOPPED
     finally:
-        job.log.close()
+        job.close()
 
 
 @contextmanager
@@ -83,44 +101,28 @@ def _save_config(config: JobConfig) -> None:
 
 def rank_main(config: JobConfig, env: RankEnv) -> int:
     """Run as one rank of a launched job: signals ask for a commit and exit code 75, exit.json says how it ended."""
+    folder = Path(config.run.folder)
+    if (code := decided(folder, env)) is not None:
+        return code
+    if env.rank == 0 and env.attempt == 0:
+        (folder / "exit.json").unlink(missing_ok=True)  # of an earlier launch
     asked: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
-    try:
-        code, message = run_job(config, env, lambda: bool(asked)), ""
-    except UserError as error:
-        code, message = WRONG_INPUT, str(error)
-    except (SaveError, NonFiniteLoss) as error:
-        code, message = FAILED, str(error)
-    except Exception as error:
-        traceback.print_exc()
-        code, message = FAILED, f"{type(error).__name__}: {error}"
-    _write_exit(Path(config.run.folder), code, message, env)
+    watch = Watch(config.run, env, lambda word: write_exit(folder, FAILED, word, env))
+    final = False
+    with watch.running():
+        try:
+            code, message = run_job(config, env, lambda: bool(asked), watch), ""
+        except UserError as error:
+            code, message = WRONG_INPUT, str(error)
+        except (SaveError, BadLoss, RankLost) as error:
+            code, message = FAILED, str(error)
+            final = isinstance(error, BadLoss)
+        except Exception as error:
+            traceback.print_exc()
+            code, message = FAILED, f"{type(error).__name__}: {error}"
+    write_exit(folder, code, message, env, final or code in (WRONG_INPUT, STOPPED))
     if message and code != DONE:
         print(f"exfm: {message}", file=sys.stderr, flush=True)
     return code
-
-
-def _write_exit(folder: Path, code: int, message: str, env: RankEnv) -> None:
-    """exit.json of this launch, whole or not at all. The first rank that fails has its word; later ones fail because of it."""
-    if code in (DONE, STOPPED) and env.rank != 0:
-        return
-    path, temporary = folder / "exit.json", folder / f"exit.json.{env.rank}"
-    word = {"exit_code": code, "message": message, "rank": env.rank, "run_id": env.run_id}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if code == FAILED and _spoken(path, env.run_id):
-            return
-        temporary.write_text(json.dumps(word))
-        os.replace(temporary, path)
-    except OSError:  # a full disk must not hide the message, which is printed too
-        temporary.unlink(missing_ok=True)
-
-
-def _spoken(path: Path, run_id: str) -> bool:
-    """Whether a rank of this launch has said already why it failed."""
-    try:
-        word = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return word["run_id"] == run_id and word["exit_code"] not in (DONE, STOPPED)

@@ -143,10 +143,10 @@ def restored(raw: Raw) -> dict[str, torch.Tensor]:
 
     with process_group(here(), CPU, 60):
         held = Job(parsed(raw), here(), CPU, lambda: False)
-        assert held.restore()
+        assert held.commits.restore()
         root = Path(raw["run"]["folder"]) / "held"
         saver = Saver(Storage(root), CheckpointConfig(), CPU, held.built.kernels, held.built.plan)
-        saver.save(Request(held.progress.step, held.state, {}, {}))
+        saver.save(Request(held.progress.step, held.commits.state, {}, {}))
         saver.wait()
         saver.close()
         held.close()

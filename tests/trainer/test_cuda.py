@@ -72,15 +72,20 @@ def test_every_sharding_type_ends_near_the_cpus_weights(kind, stream, tmp_path):
 
 def held(raw: Raw, device: torch.device) -> dict[str, torch.Tensor]:
     """What a job on `device` holds after restoring, through a checkpoint of its own."""
-    from exfm.checkpoints.store import save
+    from exfm.checkpoints.config import CheckpointConfig
+    from exfm.checkpoints.saver import Request, Saver
+    from exfm.checkpoints.storage import Storage
     from tests.trainer.jobs import read_checkpoint
 
     with process_group(RankEnv(), device, 60):
         job = Job(parsed(raw), RankEnv(), device, lambda: False)
-        assert job.restore()
+        assert job.commits.restore()
         root = Path(raw["run"]["folder"]) / f"held-{device.type}"
-        save(root, job.progress.step, job.state, {}, {}, 1)
-        job.log.close()
+        saver = Saver(Storage(root), CheckpointConfig(), device, job.built.kernels, job.built.plan)
+        saver.save(Request(job.progress.step, job.commits.state, {}, {}))
+        saver.wait()
+        saver.close()
+        job.close()
     return read_checkpoint(committed(root)[-1].folder)
 
 

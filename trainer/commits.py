@@ -1,0 +1,191 @@
+"""The commits of a job: what belongs to one, when one is due, putting one back."""
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from exfm.checkpoints.commits import nonsense
+from exfm.checkpoints.saver import Request, Saver
+from exfm.checkpoints.snapshots import publish
+from exfm.checkpoints.sources import NotFinite
+from exfm.checkpoints.storage import Storage
+from exfm.checkpoints.store import Committed, Partials, agreed, load, load_partials, restore_newest
+from exfm.checkpoints.warm import warm_start
+from exfm.data.errors import UserError
+from exfm.trainer.gate import refusal
+from exfm.trainer.ledger import as_array, from_array, write_ledger
+from exfm.trainer.state import canonical_state, check_identity, random_state, restore_random, versions
+from exfm.trainer.watch import SAVING
+
+if TYPE_CHECKING:
+    from exfm.trainer.loop import Job
+
+
+class Commits:
+    """Saves and restores one job. Knows all of its parts; the loop knows when."""
+
+    def __init__(self, job: "Job") -> None:
+        config = job.config
+        self.job = job
+        self.config = config.checkpoint
+        self.state = canonical_state(job.built, config, job.device)
+        self.storage = Storage(config.checkpoint_folder, self.config.retries)
+        self.saver = Saver(self.storage, self.config, job.device, job.built.kernels, job.built.plan, job.log.say)
+        self.saver.prepare(self.state)
+
+    # ---------------------------------------------------------------- saving
+
+    def busy(self) -> bool:
+        """Whether this commit point is passed over, because some rank's last save still runs. All ranks call."""
+        if self.config.when_busy == "wait":
+            return False
+        busy = torch.tensor([float(self.saver.busy())])
+        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        if busy[0] > 0:
+            self.job.log.say("the last save still runs; this commit point is skipped")
+        return bool(busy[0] > 0)
+
+    def publishable(self, metrics: dict[str, Any]) -> bool:
+        """Whether a snapshot is due after the slice that just ended with these metrics by group, and may be published."""
+        snapshots, ended = self.config.snapshots, self.job.progress.slice
+        if snapshots is None or (ended - self.job.slices.start) % snapshots.every_slices:
+            return False
+        if why := refusal(snapshots.gate, metrics["all"]):
+            self.job.log.say(f"snapshot of slice {ended - 1} is not published: {why}; the last good one stays")
+        return not why
+
+    def begin(self, publish_too: bool = False) -> None:
+        """Begin a commit of the present state; it ends in the background, and then, if so told, a snapshot of it is published."""
+        job, p = self.job, self.job.progress
+        job.doing.phase = SAVING
+        p.seconds += time.monotonic() - job.begun
+        job.begun = time.monotonic()
+        entries = list(job.entries)
+        request = Request(
+            p.step,
+            self.state,
+            self._partials(),
+            self._manifest(),
+            # a view for people and the audit; what counts is in the checkpoint
+            before_commit=lambda: write_ledger(job.ledger_fs, job.ledger_path, entries),
+        )
+        if publish_too:
+            request.after_commit = partial(self._publish, p.slice - 1, p.version)
+        self.saver.save(request)
+        self._record()
+
+    def wait(self) -> None:
+        """Until the last commit has ended. SaveError if it failed."""
+        self.job.doing.phase = SAVING
+        self.saver.wait()
+        self._record()
+
+    def _record(self) -> None:
+        for saved in self.saver.take_ended():
+            self.job.log.record("checkpoint", self.job.progress.step, saved.as_dict())
+
+    def _partials(self) -> dict[str, np.ndarray]:
+        """This rank's arrays."""
+        job = self.job
+        arrays = {f"metrics/{k}": v.copy() for k, v in job.metrics.state().items()} | random_state(job.device)
+        arrays["progress/covered"] = np.array(job.progress.covered)
+        if job.publisher is not None:
+            arrays |= {f"publish/{k}": v for k, v in job.publisher.state().items()}
+        if job.env.rank == 0:
+            arrays["ledger"] = as_array(job.entries)
+        return arrays
+
+    def _manifest(self) -> dict[str, Any]:
+        job, p = self.job, self.job.progress
+        return {
+            "identity": job.config.identity(),
+            "config": job.config.model_dump(mode="json"),
+            "plan": job.built.plan,
+            "position": {"slice": p.slice, "consumed": p.consumed},
+            "version": p.version,
+            "optimizer_steps": job.built.optimizers.steps,
+            "ledger_entries": len(job.entries),
+            "first_evaluated": job.first_evaluated,
+            "examples": p.examples,
+            "seconds": p.seconds,
+            "versions": versions(),
+            "loss_guard": job.guard.state(),
+        }
+
+    def _publish(self, index: int, version: str, found: Committed) -> None:
+        """In the background, of a commit that was just made."""
+        job, config = self.job, self.config.snapshots
+        assert config is not None
+        root = Storage(str(job.folder / "snapshots"))
+        try:
+            job.log.say(publish(root, found, config, index, {"version": version}, self.saver.group))
+        except NotFinite as error:
+            job.log.say(f"snapshot of slice {index} is not published: {error}; the last good one stays")
+
+    # ---------------------------------------------------------------- restoring
+
+    def restore(self) -> bool:
+        """Continue from the newest undamaged commit, or begin from `checkpoint.warm_start`; False for a fresh start.
+
+        UserError for a checkpoint of another config. All ranks call.
+        """
+        job = self.job
+        found = restore_newest(self.storage, self._load, job.log.say)
+        if found is None:
+            if self.config.warm_start is not None:
+                job.log.say(warm_start(self.config.warm_start, self.state))
+            return False
+        p = job.progress
+        job.log.say(f"resumed from {found.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
+        return True
+
+    def _check(self, newest: Committed, share: list[Partials]) -> None:
+        """Damaged where a manifest lacks what a job saves, or arrays are of another kind."""
+        with nonsense(newest):
+            for key in self._manifest():
+                newest.manifest[key]
+            mean, count = newest.manifest["loss_guard"]
+            float(mean), int(count)
+            for arrays in share:
+                for name, own in self._partials().items():
+                    if name in ("ledger", "random/cuda") and name not in arrays:
+                        continue
+                    found, grows = arrays[name], name == "ledger" or name.startswith("publish/")
+                    if found.dtype != own.dtype or found.ndim != own.ndim or found.shape[grows:] != own.shape[grows:]:
+                        raise ValueError(f"{name} is {found.dtype} {found.shape}, not {own.dtype} {own.shape}")
+                torch.Generator().set_state(torch.from_numpy(arrays["random/cpu"]))
+
+    def _load(self, links: list[Committed]) -> None:
+        """Put back a chain of commits. Where it is Damaged, nothing of the job but its live tensors has changed."""
+        newest, job = links[-1], self.job
+        with nonsense(newest):
+            check_identity(newest, job.config)
+        exact = load(links, self.state)
+        share = load_partials(newest)
+        agreed(lambda: self._check(newest, share))
+        m, p = newest.manifest, job.progress
+        p.slice, p.consumed, p.step = m["position"]["slice"], m["position"]["consumed"], newest.step
+        p.version, p.seconds, p.examples = m["version"], m["seconds"], m["examples"]
+        if p.slice > job.slices.stop:
+            raise UserError(
+                f"{newest.folder} has trained slices up to {p.slice}; stream.last {job.slices.stop} is before that"
+            )
+        if p.slice > m["first_evaluated"]:  # an evaluation that has begun keeps its window when stream.last changes
+            job.first_evaluated = m["first_evaluated"]
+        job.built.optimizers.steps = m["optimizer_steps"]
+        job.guard.load(m["loss_guard"])
+        for arrays in share:
+            job.metrics.merge({k: arrays[f"metrics/{k}"] for k in job.metrics.state()})
+            p.covered += int(arrays["progress/covered"])
+            if job.publisher is not None:
+                job.publisher.add(arrays["publish/rows"], arrays["publish/logits"])
+            if "ledger" in arrays:  # rank 0's, of which there is one
+                job.entries = from_array(arrays["ledger"])
+        if m["world_size"] == job.env.world_size:
+            restore_random(share[0], job.device)
+        if exact:
+            self.saver.continue_from(newest, len(links) - 1)
