@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from exfm.checkpoints.canonical import boxes
-from exfm.checkpoints.layout import Damaged
+from exfm.checkpoints.layout import Chunk, Damaged, Entry
 from exfm.checkpoints.reader import Folder
 
-NAME = re.compile(r"delta\.(?P<table>.+)@(?P<row>\d+),(?P<column>\d+),(?P<segment>\d+)\.rows")
+NAME = re.compile(r"delta\.(?P<table>.+)@(?P<row>[0-9]{1,15}),(?P<column>[0-9]{1,15}),(?P<segment>[0-9]{1,15})\.rows")
 AT_ONCE = 2**18
 
 
@@ -49,29 +49,59 @@ def delta_name(table: str, row: int, column: int, segment: int) -> str:
     return f"delta.{table}@{row},{column},{segment}"
 
 
-def patches(folder: Folder, kinds: Sequence[str] = ("weight", "adagrad_sum")) -> list[Patch]:
-    """The patches of a delta. Damaged where one lacks one of `kinds` or is no patch at all."""
+def patches(folder: Folder, base: Folder | None, kinds: Sequence[str] = ("weight", "adagrad_sum")) -> list[Patch]:
+    """The patches of a delta. Damaged where one lacks one of `kinds`, is no patch at all, or none of tables of `base`.
+
+    base: the full state that the delta's chain begins with; None where that is unknown.
+    """
     found = []
     for name in folder.index:
         if match := NAME.fullmatch(name):
             row, column, segment = (int(match[k]) for k in ("row", "column", "segment"))
-            own, rows = name.removesuffix(".rows"), folder.tensor(name)
-            found.append(Patch(folder, own, match["table"], row, column, segment, rows))
-            _check(found[-1], kinds)
+            own = name.removesuffix(".rows")
+            where = f"{folder.storage.url}/{folder.folder}: {own}"
+            entry = folder.index[name]
+            if entry.dtype != torch.int64 or len(entry.shape) != 1:
+                raise Damaged(f"{where} is no delta of a table's rows")
+            patch = Patch(folder, own, match["table"], row, column, segment, folder.tensor(name))
+            for kind in kinds:
+                if not (_is_whole(patch, kind) and (base is None or _is_inside(patch, kind, base))):
+                    raise Damaged(f"{where}.{kind} is no delta of a table's rows")
+            found.append(patch)
     return found
 
 
-def _check(patch: Patch, kinds: Sequence[str]) -> None:
-    rows = patch.rows
-    entries = [patch.folder.index.get(f"{patch.name}.{kind}") for kind in kinds]
-    whole = all(e is not None and len(e.chunks) == 1 and len(e.shape) == 2 and e.shape[0] == len(rows) for e in entries)
-    if not whole or rows.dtype != torch.int64 or rows.dim() != 1 or not bool((rows[1:] > rows[:-1]).all()):
-        raise Damaged(f"{patch.folder.storage.url}/{patch.folder.folder}: {patch.name} is no delta of a table's rows")
+def _is_whole(patch: Patch, kind: str) -> bool:
+    entry, rows = patch.folder.index.get(f"{patch.name}.{kind}"), patch.rows
+    if entry is None or len(entry.chunks) != 1 or len(entry.shape) != 2 or entry.shape[0] != len(rows):
+        return False
+    typed = entry.dtype == torch.uint8 and entry.shape[1] > 8 if kind == "int8" else entry.dtype.is_floating_point
+    ascending = bool((rows[1:] > rows[:-1]).all()) and (not len(rows) or int(rows[0]) >= patch.row)
+    return typed and ascending and (kind != "adagrad_sum" or entry.shape[1] == 1)
 
 
-def apply_delta(folder: Folder, state: dict[str, Tensor]) -> None:
+def _is_inside(patch: Patch, kind: str, base: Folder) -> bool:
+    """Whether the rows and columns are the table's."""
+    entry, own = base.index.get(f"tables.{patch.table}.{kind}"), patch.folder.index[f"{patch.name}.{kind}"]
+    if entry is None or len(entry.shape) != 2 or entry.dtype != own.dtype:
+        return False
+    if kind == "adagrad_sum":
+        first = patch.segment
+    else:  # int8 rows have eight bytes more for every column shard
+        first = patch.column + (
+            8 * sum(c.offsets[1] < patch.column for c in _first_row(entry)) if kind == "int8" else 0
+        )
+    fits = first + own.shape[1] <= entry.shape[1]
+    return fits and (not len(patch.rows) or int(patch.rows[-1]) < entry.shape[0])
+
+
+def _first_row(entry: Entry) -> list[Chunk]:
+    return [c for c in entry.chunks if c.offsets[0] == 0]
+
+
+def apply_delta(folder: Folder, state: dict[str, Tensor], base: Folder) -> None:
     """Put a delta's rows over the tables of `state`, as far as they live on this rank."""
-    for patch in patches(folder):
+    for patch in patches(folder, base):
         for kind, column, width in (("weight", patch.column, patch.width), ("adagrad_sum", patch.segment, 1)):
             tensor = state.get(f"tables.{patch.table}.{kind}")
             if tensor is not None:

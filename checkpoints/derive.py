@@ -78,7 +78,7 @@ class Latest:
 def merged_items(folders: Sequence[Folder], share: Callable[[int], bool]) -> Iterator[Item]:
     """Everything of a chain as one full state. share: whether this rank writes box number n."""
     first, last = folders[0], folders[-1]
-    later = [p for folder in folders[1:] for p in patches(folder)]
+    later = [p for folder in folders[1:] for p in patches(folder, first)]
     number = 0
     for name, entry in first.index.items():
         if not name.startswith("tables."):
@@ -135,7 +135,7 @@ def _one_row(entry: Entry) -> list[Chunk]:
 def _touched_items(folders: Sequence[Folder], int8: bool, share: Callable[[int], bool]) -> Iterator[Item]:
     by_box: dict[tuple[str, int, int, int], list[Patch]] = {}
     for folder in folders:
-        for patch in patches(folder):
+        for patch in patches(folder, None):
             by_box.setdefault((patch.table, patch.row, patch.column, patch.segment), []).append(patch)
     for number, (box, found) in enumerate(sorted(by_box.items())):
         if not share(number):

@@ -20,6 +20,16 @@ import xxhash
 from torch import Tensor
 
 from exfm.checkpoints.storage import Storage
+from exfm.checkpoints.strict import (
+    MAX_TEXT_BYTES,
+    check_apart,
+    check_cover,
+    check_depth,
+    check_fields,
+    check_name,
+    count,
+    shown,
+)
 from exfm.data.commit import null_for_nan
 from exfm.data.errors import UserError
 
@@ -33,6 +43,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 SUM_DIGITS = 16
+# what reading something else than was written raises, UserError among it: a ValueError
+NONSENSE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 class Damaged(UserError):
@@ -141,21 +153,34 @@ def index_bytes(index: Index) -> bytes:
         }
         for name, e in sorted(index.items())
     }
-    return json.dumps({"tensors": tensors}, separators=(",", ":")).encode()
+    return _within_limit(json.dumps({"tensors": tensors}, separators=(",", ":")).encode(), INDEX)
+
+
+def _within_limit(text: bytes, name: str) -> bytes:
+    """UserError for what no reader would take."""
+    if len(text) > MAX_TEXT_BYTES:
+        raise UserError(
+            f"{name} would have {len(text)} bytes, {MAX_TEXT_BYTES} are allowed; shard the tables less finely"
+        )
+    return text
 
 
 def parse_index(text: bytes, files: Sequence[FileRecord], where: str) -> Index:
     """The index of a checkpoint with these data files. Damaged for anything that does not lie inside them."""
     try:
         tensors = json.loads(text)["tensors"]
-        return {str(name): _entry(name, value, files) for name, value in tensors.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{where} is damaged or hostile: {error}") from None
+        index = {check_name(name): _entry(name, value, files) for name, value in tensors.items()}
+        check_apart(
+            [(c.file, c.start, math.prod(c.sizes) * e.dtype.itemsize) for e in index.values() for c in e.chunks]
+        )
+    except NONSENSE as error:
+        raise Damaged(f"{where} is damaged or hostile: {_said(error)}") from None
+    return index
 
 
 def _entry(name: str, value: Any, files: Sequence[FileRecord]) -> Entry:
     dtype, shape = DTYPES[value["dtype"]], _extent(value["shape"])
-    chunks, covered = [], 0
+    chunks = []
     for raw_offsets, raw_sizes, file, start in value["chunks"]:
         offsets, sizes = _extent(raw_offsets), _extent(raw_sizes)
         if len(offsets) != len(shape) or len(sizes) != len(shape):
@@ -163,21 +188,22 @@ def _entry(name: str, value: Any, files: Sequence[FileRecord]) -> Entry:
         if any(o + s > limit for o, s, limit in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"{name}: a chunk lies outside its tensor of {shape}")
         size = math.prod(sizes) * dtype.itemsize
-        if not (type(file) is int and 0 <= file < len(files) and type(start) is int and start >= 0):
-            raise ValueError(f"{name}: a chunk is of file {file!r} from byte {start!r}")
-        if start + size > files[file].bytes:
+        if count(file) >= len(files):
+            raise ValueError(f"{name}: a chunk is of file {file} of {len(files)}")
+        if count(start) + size > files[file].bytes:
             raise ValueError(f"{name}: bytes {start} to {start + size} of {files[file].path} of {files[file].bytes}")
-        covered += math.prod(sizes)
         chunks.append(Chunk(offsets, sizes, file, start))
-    if covered != math.prod(shape):
-        raise ValueError(f"{name}: its chunks hold {covered} of {math.prod(shape)} values")
+    try:
+        check_cover(shape, [(c.offsets, c.sizes) for c in chunks])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return Entry(dtype, shape, tuple(chunks))
 
 
 def _extent(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**48 for v in values) or len(values) > 8:
-        raise ValueError(f"{values!r} is no shape")
-    return tuple(values)
+    if not isinstance(values, list) or len(values) > 8:
+        raise ValueError(f"{shown(values)} is no shape")
+    return tuple(count(v) for v in values)
 
 
 # ------------------------------------------------------------------------------------------------ manifest
@@ -186,7 +212,7 @@ def _extent(values: Any) -> tuple[int, ...]:
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     """The manifest with its own checksum in it."""
     content = json.loads(json.dumps(null_for_nan(manifest), allow_nan=False))
-    return json.dumps(content | {"sum": _own_sum(content)}, indent=1, sort_keys=True).encode()
+    return _within_limit(json.dumps(content | {"sum": _own_sum(content)}, indent=1, sort_keys=True).encode(), MANIFEST)
 
 
 def _own_sum(content: dict[str, Any]) -> str:
@@ -197,16 +223,30 @@ def _own_sum(content: dict[str, Any]) -> str:
 def read_manifest(storage: Storage, folder: str) -> dict[str, Any]:
     """A folder's manifest, checked. Damaged where it is not what was committed."""
     path = f"{folder}/{MANIFEST}"
+    size = storage.size(path)
+    if size > MAX_TEXT_BYTES:
+        raise Damaged(f"{storage.url}/{path} has {size} bytes, at most {MAX_TEXT_BYTES} are read")
+    text = storage.read(path)
     try:
-        manifest = json.loads(storage.read(path))
+        manifest = json.loads(text)
         if not isinstance(manifest, dict) or _own_sum(manifest) != manifest.get("sum"):
             raise ValueError("it differs from its checksum")
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{storage.url}/{path} is of format {manifest['format']}; this exfm reads format {FORMAT}")
-        records(manifest)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Damaged(f"{storage.url}/{path} is damaged: {error}") from None
+        check_depth(manifest)
+        version = count(manifest["format"])
+        if version == FORMAT:
+            records(manifest)
+            check_fields(manifest)
+    except NONSENSE as error:
+        raise Damaged(f"{storage.url}/{path} is damaged: {_said(error)}") from None
+    if version != FORMAT:  # not damaged: nobody may set it aside
+        raise UserError(
+            f"{storage.url}/{path} is of format {version}, this exfm reads {FORMAT}; use the exfm that wrote it"
+        )
     return manifest
+
+
+def _said(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else shown(str(error)) or type(error).__name__
 
 
 def records(manifest: dict[str, Any]) -> list[FileRecord]:
@@ -214,11 +254,15 @@ def records(manifest: dict[str, Any]) -> list[FileRecord]:
     found = [FileRecord(f["path"], f["bytes"], f["sums"]) for f in manifest["files"]]
     for record in found:
         if not isinstance(record.path, str) or not FILE_NAME.fullmatch(record.path):
-            raise ValueError(f"{record.path!r} is no name of a data file")
+            raise ValueError(f"'{shown(record.path)}' is no name of a data file")
         if type(record.bytes) is not int or not 0 <= record.bytes < 2**56:
-            raise ValueError(f"{record.path} cannot have {record.bytes!r} bytes")
+            raise ValueError(f"{record.path} cannot have {shown(record.bytes)} bytes")
         if not isinstance(record.sums, str) or len(record.sums) != SUM_DIGITS * -(-record.bytes // BLOCK_BYTES):
             raise ValueError(f"{record.path} has not one checksum per {BLOCK_BYTES} bytes")
+    if not found or found[-1].path != INDEX or found[-1].bytes > MAX_TEXT_BYTES:
+        raise ValueError(f"its last file is no {INDEX} of at most {MAX_TEXT_BYTES} bytes")
+    if len({record.path for record in found}) < len(found):
+        raise ValueError("it lists a file twice")
     return found
 
 

@@ -5,7 +5,6 @@
 The manifest points to the commit (`of`) and, where the snapshot holds only rows touched since the one before, to that (`base`).
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,31 +13,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exfm.checkpoints.canonical import boxes
+from exfm.checkpoints.commits import Committed, chain, committed, listing, nonsense
 from exfm.checkpoints.config import SnapshotConfig
 from exfm.checkpoints.deltas import patches
 from exfm.checkpoints.derive import snapshot_items, write_items
-from exfm.checkpoints.layout import FORMAT, MANIFEST, Damaged, read_manifest
+from exfm.checkpoints.holding import reading
+from exfm.checkpoints.keeping import clean
+from exfm.checkpoints.layout import FORMAT, Damaged
 from exfm.checkpoints.reader import Folder
 from exfm.checkpoints.sources import steps
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import Committed, Group, agreed, chain, from_rank_0, listing
+from exfm.checkpoints.store import Group, agreed, from_rank_0
 from exfm.data.errors import UserError
 
-NAME = re.compile(r"slice=(\d{6,})")
 AT_ONCE = 2**18
 
 
 def published(storage: Storage) -> list[Committed]:
-    """Committed snapshots, oldest first."""
-    names = sorted((n for n in storage.names() if NAME.fullmatch(n)), key=slice_of)
-    names = [n for n in names if storage.exists(f"{n}/{MANIFEST}")]
-    return [Committed(storage, n, read_manifest(storage, n)) for n in names]
-
-
-def slice_of(name: str) -> int:
-    found = NAME.fullmatch(name)
-    assert found is not None, name
-    return int(found[1])
+    """Committed snapshots with a good manifest, oldest first."""
+    return committed(storage)
 
 
 def publish(
@@ -50,7 +43,7 @@ def publish(
     """
     links, before = from_rank_0(lambda: (chain(commit, listing(commit.storage)), published(storage)), group)
     name = f"slice={index:06d}"
-    before = [s for s in before if slice_of(s.name) < index]
+    before = [s for s in before if s.step < index]
     base = _base(links, before, config)
     if base is not None:
         names = [c.name for c in links]
@@ -72,7 +65,7 @@ def publish(
         manifest,
         group,
     )
-    from_rank_0(lambda: _clean(storage, config.keep), group)
+    from_rank_0(lambda: clean(storage, config.keep, 0), group)
     return f"published snapshot {name} ({'delta' if base else 'full'}, {config.rows}, {size / 2**20:,.1f} MiB) of {commit.name}"
 
 
@@ -90,42 +83,33 @@ def _base(links: Sequence[Committed], before: Sequence[Committed], config: Snaps
     return before[-1] if behind and length < config.full_every else None
 
 
-def _clean(storage: Storage, keep: int) -> None:
-    """Keep the newest snapshots and those they rest on; remove what was never committed."""
-    everything = published(storage)
-    wanted = {s.name for s in everything[-keep:]}
-    for snapshot in reversed(everything):
-        if snapshot.name in wanted and snapshot.base:
-            wanted.add(snapshot.base)
-    for name in storage.names():
-        if NAME.fullmatch(name) and name not in wanted:
-            storage.remove(f"{name}/{MANIFEST}")
-            storage.remove(name)
-
-
 def load_snapshot(storage: Storage, name: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """Read a snapshot, and those it rests on, into live `tables.<n>.weight` and `dense.served.*`; its manifest.
 
     UserError for tensors that it lacks or has otherwise; Damaged for files that are not what was published.
     """
-    everything = published(storage)
+    everything = listing(storage)
     found = next((s for s in everything if s.name == name), None)
     if found is None:
         known = ", ".join(s.name for s in everything) or "none"
         raise UserError(f"{storage.url} has no snapshot {name}; it has {known}")
-    folders = [s.open() for s in chain(found, everything)]
+    with reading(storage, name), nonsense(found):
+        _load([s.open() for s in chain(found, everything)], found.manifest["rows"] == "int8", state)
+    return found.manifest
+
+
+def _load(folders: Sequence[Folder], int8: bool, state: dict[str, Tensor]) -> None:
     for key, tensor in state.items():
         if not key.startswith("tables."):
             _read_dense(folders[-1], key, tensor)
             continue
         _read_table(folders[0], key.removesuffix(".weight"), tensor)
     for folder in folders[1:]:
-        for patch in patches(folder, ("int8",) if found.manifest["rows"] == "int8" else ("weight",)):
+        for patch in patches(folder, folders[0], ("int8",) if int8 else ("weight",)):
             live = state.get(f"tables.{patch.table}.weight")
             if live is not None:
-                name_of = patch.name + (".int8" if found.manifest["rows"] == "int8" else ".weight")
+                name_of = patch.name + (".int8" if int8 else ".weight")
                 _overlay(folder, name_of, patch.rows, patch.column, patch.width, live)
-    return found.manifest
 
 
 def _read_dense(folder: Folder, key: str, tensor: Tensor) -> None:
@@ -137,10 +121,19 @@ def _read_dense(folder: Folder, key: str, tensor: Tensor) -> None:
 def _read_table(folder: Folder, table: str, tensor: Tensor) -> None:
     int8 = f"{table}.int8" in folder.index
     name = f"{table}.int8" if int8 else f"{table}.weight"
-    if name not in folder.index or folder.index[name].shape[0] != tensor.shape[0]:
+    if name not in folder.index or len(folder.index[name].shape) != 2 or folder.index[name].shape[0] != tensor.shape[0]:
         raise UserError(f"snapshot {folder.storage.url}/{folder.folder} has no {table} of {tensor.shape[0]} rows")
     entry = folder.index[name]
     columns = sorted({c.offsets[1] for c in entry.chunks})
+    width = entry.shape[1] - (8 * len(columns) if int8 else 0)
+    if (
+        width != tensor.shape[1]
+        or (int8 and entry.dtype != torch.uint8)
+        or (int8 and min(c.sizes[1] for c in entry.chunks) <= 8)
+    ):
+        raise UserError(
+            f"snapshot {folder.storage.url}/{folder.folder} has {name} of width {width}, the model wants {tensor.shape[1]}"
+        )
     for chunk in entry.chunks:
         column = chunk.offsets[1] - (8 * columns.index(chunk.offsets[1]) if int8 else 0)
         width = chunk.sizes[1] - (8 if int8 else 0)

@@ -51,6 +51,10 @@ class Storage:
             return LocalFileSystem(), str(LocalFileSystem._strip_protocol(self.url))
         return open_url(self.url, request_retries=0)
 
+    def path(self, path: str | PurePath) -> str:
+        """Where it lies on its filesystem. UserError for one that leads out of the folder."""
+        return self._full(path)
+
     def names(self, folder: str | PurePath = "") -> list[str]:
         """Entries directly inside, sorted; none where it does not exist."""
 

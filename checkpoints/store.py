@@ -1,4 +1,4 @@
-"""The commits of a job: listing them, chains of deltas, loading one into a live model, keeping and removing.
+"""The commits of a job: loading one into a live model, setting damaged ones aside.
 
     <checkpoint.folder>/step=00001234[-k]/{rank-*.safetensors, index.json, manifest.json}
 
@@ -7,7 +7,7 @@ A folder without a manifest does not exist: it is never resumed from and the nex
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,87 +17,22 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exfm.checkpoints.canonical import boxes, convert_segments, like
+from exfm.checkpoints.commits import Committed, chain, listing, nonsense
+from exfm.checkpoints.commits import committed as committed
 from exfm.checkpoints.deltas import apply_delta
-from exfm.checkpoints.layout import MANIFEST, PINNED, Damaged, read_manifest
+from exfm.checkpoints.holding import reading
+from exfm.checkpoints.keeping import clean as clean
+from exfm.checkpoints.layout import MANIFEST, Damaged
 from exfm.checkpoints.reader import Folder, ShardReader
 from exfm.checkpoints.sources import NotFinite
 from exfm.checkpoints.storage import Storage
+from exfm.checkpoints.strict import MAX_TEXT_BYTES
 from exfm.data.errors import UserError
 
-NAME = re.compile(r"step=(\d{8,})(?:-(\d+))?")
+PARTIAL = re.compile(r"rank\.([0-9]{5,9})\.(.+)")
 SET_ASIDE = "manifest.damaged.json"
 Partials = dict[str, np.ndarray]
 Group = dist.ProcessGroup | None
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A committed folder. manifest: {} where it cannot be read, and `problem` says why."""
-
-    storage: Storage
-    name: str
-    manifest: dict[str, Any]
-    problem: str = ""
-
-    @property
-    def folder(self) -> str:
-        return f"{self.storage.url}/{self.name}"
-
-    @property
-    def step(self) -> int:
-        return order(self.name)[0]
-
-    @property
-    def kind(self) -> str:
-        return str(self.manifest.get("kind", "?"))
-
-    @property
-    def base(self) -> str | None:
-        """Name of the commit that a delta is relative to."""
-        return str(self.manifest["base"]["name"]) if self.manifest.get("base") else None
-
-    def open(self) -> Folder:
-        return Folder(self.storage, self.name, self.manifest)
-
-
-def order(name: str) -> tuple[int, int]:
-    """Sorts step=00000007, step=00000007-1 (committed later at the same step), step=00000012."""
-    found = NAME.fullmatch(name)
-    assert found is not None, name
-    return int(found[1]), int(found[2] or 0)
-
-
-def listing(storage: Storage) -> list[Committed]:
-    """Everything that was committed, oldest first, unreadable manifests included."""
-    found = []
-    for name in sorted((n for n in storage.names() if NAME.fullmatch(n)), key=order):
-        if storage.exists(f"{name}/{MANIFEST}"):
-            try:
-                found.append(Committed(storage, name, read_manifest(storage, name)))
-            except Damaged as error:
-                found.append(Committed(storage, name, {}, str(error)))
-    return found
-
-
-def committed(root: Any) -> list[Committed]:
-    """Committed checkpoints with a good manifest, oldest first. root: a folder or URL."""
-    return [c for c in listing(root if isinstance(root, Storage) else Storage(root)) if not c.problem]
-
-
-def chain(found: Committed, everything: Sequence[Committed]) -> list[Committed]:
-    """The full commit that `found` rests on, the deltas after it, `found` last. Damaged where one is missing or exchanged."""
-    if found.problem:
-        raise Damaged(found.problem)
-    by_name = {c.name: c for c in everything}
-    links = [found]
-    while (base := links[0].base) is not None:
-        before = by_name.get(base)
-        if before is None or before.problem or len(links) > len(by_name):
-            raise Damaged(f"{links[0].folder} holds rows changed since {base}, which is missing or damaged")
-        if before.manifest["sum"] != links[0].manifest["base"]["sum"]:
-            raise Damaged(f"{before.folder} is not the commit that {links[0].folder} was made from")
-        links.insert(0, before)
-    return links
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -129,7 +64,8 @@ def restore_newest(
 
 def set_aside(storage: Storage, name: str) -> None:
     """Take a damaged commit out of the list; its files stay until the next save."""
-    storage.write(f"{name}/{SET_ASIDE}", [memoryview(storage.read(f"{name}/{MANIFEST}"))])
+    # one that is too large to be read is kept as far as it would be
+    storage.write(f"{name}/{SET_ASIDE}", [memoryview(storage.read(f"{name}/{MANIFEST}", 0, MAX_TEXT_BYTES))])
     storage.remove(f"{name}/{MANIFEST}")
 
 
@@ -140,7 +76,9 @@ def load(links: Sequence[Committed], state: dict[str, Tensor], group: Group = No
     type, more rows than were saved, row-wise Adagrad sums of another number of column shards).
     Damaged names a file that is not what was committed; UserError a tensor that the checkpoint lacks or has otherwise.
     """
-    return load_from(agreed(lambda: [c.open() for c in links], group), state, group)
+    with ExitStack() as stack:
+        agreed(lambda: stack.enter_context(reading(links[-1].storage, links[-1].name)), group)
+        return load_from(agreed(lambda: [c.open() for c in links], group), state, group)
 
 
 def load_from(folders: Sequence[Folder], state: dict[str, Tensor], group: Group = None) -> bool:
@@ -161,7 +99,7 @@ def load_from(folders: Sequence[Folder], state: dict[str, Tensor], group: Group 
 
     def apply_deltas() -> None:
         for folder in folders[1:]:
-            apply_delta(folder, tables)
+            apply_delta(folder, tables, folders[0])
 
     agreed(apply_deltas, group)
     for name in converted:
@@ -182,7 +120,11 @@ def _target(folder: Folder, name: str, tensor: Tensor) -> Tensor:
     """What to read `name` into: the live tensor itself, its rows that were saved, or new memory for sums to be converted."""
     if name not in folder.index:
         raise UserError(f"checkpoint {folder.storage.url}/{folder.folder} lacks {name}; it is of another model")
-    saved, shape = folder.index[name].shape, tuple(tensor.shape)
+    saved, shape, dtype = folder.index[name].shape, tuple(tensor.shape), folder.index[name].dtype
+    if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.dtype.is_floating_point):
+        raise UserError(
+            f"checkpoint {folder.storage.url}/{folder.folder} has {name} as {dtype}, the model wants {tensor.dtype}"
+        )
     is_table = name.startswith("tables.") and len(saved) == 2
     segments = saved[1] if is_table and name.endswith(".adagrad_sum") and saved[1] != shape[1] else None
     if saved == shape:
@@ -211,47 +153,20 @@ def load_partials(found: Committed) -> list[Partials]:
     """This rank's share of the per-rank arrays: its own where the number of ranks is the same, else every W-th."""
     folder = agreed(found.open)
 
+    @nonsense(found)
     def read() -> list[Partials]:
-        share = []
-        for writer in range(int(found.manifest["world_size"])):
-            if writer % dist.get_world_size() == dist.get_rank():
-                prefix = f"rank.{writer:05d}."
-                names = [n for n in folder.index if n.startswith(prefix)]
-                share.append({n.removeprefix(prefix): folder.tensor(n).numpy() for n in names})
-        return share
+        by_rank: dict[int, Partials] = {}
+        writers = set()
+        for name in folder.index:
+            if match := PARTIAL.fullmatch(name):
+                if (writer := int(match[1])) % dist.get_world_size() == dist.get_rank():
+                    by_rank.setdefault(writer, {})[match[2]] = folder.tensor(name).numpy()
+                writers.add(writer)
+        if writers != set(range(len(writers))) or len(writers) != found.manifest["world_size"]:
+            raise Damaged(f"{found.folder} holds arrays of {len(writers)} of its ranks")
+        return [by_rank[writer] for writer in sorted(by_rank)]
 
     return agreed(read)
-
-
-# ------------------------------------------------------------------------------------------------ keeping
-
-
-def clean(storage: Storage, keep: int, keep_every: int, current: str | None = None) -> list[str]:
-    """Remove what is not to be kept; the names removed.
-
-    Kept: the newest `keep` commits, the first of every `keep_every` slices, pinned ones, and all that these rest on.
-    """
-    everything = listing(storage)
-    wanted = {c.name for c in everything[-keep:]} | {c.name for c in everything if is_pinned(c)} | {current}
-    if keep_every:
-        firsts: dict[int, str] = {}
-        for c in everything:
-            position = c.manifest.get("position")
-            if position and position["slice"] >= keep_every:
-                firsts.setdefault(position["slice"] // keep_every, c.name)
-        wanted |= set(firsts.values())
-    for c in reversed(everything):
-        if c.name in wanted and c.base:
-            wanted.add(c.base)
-    removed = [n for n in storage.names() if NAME.fullmatch(n) and n not in wanted]
-    for name in removed:
-        storage.remove(f"{name}/{MANIFEST}")
-        storage.remove(name)
-    return removed
-
-
-def is_pinned(found: Committed) -> bool:
-    return found.storage.exists(f"{found.name}/{PINNED}")
 
 
 # ------------------------------------------------------------------------------------------------ together

@@ -1,10 +1,12 @@
 """Warm start: begin a new job from tensors of another job's commit, chosen by name, under other names if need be."""
 
 import re
+from contextlib import ExitStack
 
 from torch import Tensor
 
 from exfm.checkpoints.config import WarmStartConfig
+from exfm.checkpoints.holding import reading
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import agreed, chain, committed, from_rank_0, load_from
 from exfm.data.errors import UserError
@@ -22,7 +24,9 @@ def warm_start(config: WarmStartConfig, state: dict[str, Tensor]) -> str:
     chosen = {theirs(config, name): t for name, t in state.items() if _included(config, name)}
     if not chosen:
         raise UserError(f"checkpoint.warm_start.include {list(config.include)} chooses none of {', '.join(state)}")
-    load_from(agreed(lambda: [c.open() for c in links]), chosen)
+    with ExitStack() as stack:
+        agreed(lambda: stack.enter_context(reading(links[-1].storage, links[-1].name)))
+        load_from(agreed(lambda: [c.open() for c in links]), chosen)
     tables = len({n.split(".")[1] for n in chosen if n.startswith("tables.")})
     return f"warm start from {links[-1].folder}: {len(chosen)} tensors, {tables} tables among them; {len(state) - len(chosen)} start anew"
 
