@@ -9,7 +9,7 @@ import torch
 from exfm.checkpoints.store import committed
 from exfm.launch.auditing import audit_run
 from exfm.trainer import objective
-from exfm.trainer.loop import NonFiniteLoss
+from exfm.trainer.guard import NonFiniteLoss
 from exfm.trainer.run import DONE, FAILED, rank_main
 from tests.trainer.jobs import ROWS, Raw, assert_same_outcome, here, make_stream, on, parsed, replaced, run, teacher
 
