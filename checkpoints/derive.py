@@ -105,7 +105,7 @@ def snapshot_items(folders: Sequence[Folder], full: bool, int8: bool, share: Cal
     """
     if not full:
         yield from _touched_items(folders, int8, share)
-    for item in merged_items(folders, share):
+    for item in merged_items(folders if full else folders[-1:], share):
         name = item.name
         if name.startswith("dense.served."):
             yield Item(name, item.shape, item.offsets, Finite(item.source, name) if _real(item.source) else item.source)

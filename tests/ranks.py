@@ -18,9 +18,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-MAX_RANKS = 3
+EAGER_RANKS = 3  # a fourth is started by the first call that wants it
 TIMEOUT_S = 60.0
 GRACE_S = 10.0
+READY_S = 120.0
 
 
 class RankFailed(AssertionError):
@@ -37,6 +38,7 @@ def _serve(pipe: Connection, stacks: str) -> None:
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
         import exfm.trainer.run  # noqa: F401
 
+        pipe.send_bytes(b"ready")
         while True:
             try:
                 call = pipe.recv_bytes()
@@ -58,12 +60,20 @@ def _answer(call: bytes) -> bytes:
             return pickle.dumps((False, RuntimeError(str(error)), text))
 
 
+def local_ranks(world_size: int) -> int:
+    """Ranks per node: four ranks stand for two nodes of two."""
+    return 2 if world_size == 4 else world_size
+
+
 def _in_group(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, store: str) -> Any:
     import torch.distributed as dist
-    from torchrec.distributed import collective_utils
+    from torchrec.distributed import collective_utils, comm
 
     # TorchRec asks rank 0 once per process; ranks that were in different calls would disagree whether to ask
     collective_utils._INITIALIZED = False
+    # groups of nodes that it keeps are those of a call that is over
+    comm._INTRA_PG = comm._CROSS_PG = None
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks(world_size))
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, world_size),
@@ -79,7 +89,7 @@ def _in_group(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_si
 
 
 class RankPool:
-    """MAX_RANKS rank processes, started at once and used by one call at a time."""
+    """Rank processes, EAGER_RANKS of them started at once, used by one call at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,9 +99,12 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
+        self.pipes, self.processes, self.ready = [], [], 0
+        self._grow(EAGER_RANKS)
+
+    def _grow(self, n: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(MAX_RANKS):
+        for rank in range(len(self.pipes), n):
             own, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, str(self._stacks(rank))), daemon=True)
             process.start()
@@ -99,11 +112,20 @@ class RankPool:
             self.pipes.append(own)
             self.processes.append(process)
 
+    def _wait(self, n: int) -> None:
+        """Until the first n ranks have imported what they need: that counts for no call's time."""
+        self._grow(n)
+        while self.ready < n:
+            assert self.pipes[self.ready].poll(READY_S), f"rank {self.ready} did not start within {READY_S:g} s"
+            self.pipes[self.ready].recv_bytes()
+            self.ready += 1
+
     def _stacks(self, rank: int) -> Path:
         return self.folder / f"stacks-{rank}.txt"
 
     def __call__(self, n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """fn(*args) on n ranks; their results in order. RankFailed where a rank raises, dies or hangs."""
+        self._wait(n)
         self.calls += 1
         store = str(self.folder / f"store-{self.calls}")
         for rank, pipe in enumerate(self.pipes[:n]):

@@ -2,17 +2,21 @@
 
 import fcntl
 import gc
+import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from exfm.checkpoints.saver import SaveError
+from exfm.checkpoints.storage import Storage
 from exfm.data.commit import commit, open_folder
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
@@ -78,7 +82,7 @@ def _attempt(
 
 @contextmanager
 def run_lock(config: JobConfig, env: RankEnv) -> Iterator[None]:
-    """Rank 0 holds <run>/lock while it runs. UserError where another job is writing to the same folder."""
+    """Rank 0 holds <run>/lock, and that of `checkpoint.folder`, while it runs. UserError where another job writes there."""
     if env.rank != 0:
         yield
         return
@@ -91,7 +95,23 @@ def run_lock(config: JobConfig, env: RankEnv) -> Iterator[None]:
             raise UserError(
                 f"another job is running in {folder}; wait for it, stop it, or set another run.folder"
             ) from None
-        yield
+        with _commits_lock(config, env):
+            yield
+
+
+def _commits_lock(config: JobConfig, env: RankEnv) -> AbstractContextManager[Any]:
+    """Jobs of several run folders may name one checkpoint.folder. UserError where another is in it."""
+    if not config.checkpoint.folder:
+        return nullcontext()
+
+    def lost() -> None:
+        word = f"another job has taken the lock of {config.checkpoint.folder} while this one did not answer"
+        write_exit(Path(config.run.folder), FAILED, word, env)
+        print(f"exfm: {word}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # at once: whatever it wrote now would fall into the other's commits
+
+    owner = f"{config.run.name} of {Path(config.run.folder).absolute()} on {socket.gethostname()}"
+    return Storage(config.checkpoint.folder, config.checkpoint.retries).lock(owner, lost)
 
 
 def _save_config(config: JobConfig) -> None:

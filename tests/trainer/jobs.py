@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.data.cut import Cut, write_stream
 from exfm.data.manifest import Stream
 from exfm.data.schema import Schema, SparseColumn
@@ -21,6 +21,7 @@ from exfm.trainer import loop
 from exfm.trainer.config import JobConfig, parse_config
 from exfm.trainer.env import RankEnv
 from exfm.trainer.run import run_job
+from tests.ranks import local_ranks
 
 SCHEMA = Schema(
     name="tiny",
@@ -160,7 +161,8 @@ def here() -> RankEnv:
     if not dist.is_initialized():
         return RankEnv()
     rank, world = dist.get_rank(), dist.get_world_size()
-    return RankEnv(rank, world, rank, world, 0, True)
+    local = local_ranks(world)
+    return RankEnv(rank, world, rank % local, local, 0, True)
 
 
 class Recorder:
