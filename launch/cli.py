@@ -16,6 +16,7 @@ from rich.console import Console
 
 from exfm.data.commit import null_for_nan
 from exfm.data.errors import UserError
+from exfm.launch.cli_checkpoint import checkpoint_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare, make, look at and au
 launch_app = typer.Typer(no_args_is_help=True, help="Write and submit cluster jobs.")
 app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the config")]
