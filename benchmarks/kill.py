@@ -143,7 +143,7 @@ def markdown(r: dict[str, Any]) -> str:
         ("runs without a kill (the job was faster five times)", r["runs_without_kill"]),
         ("surviving ranks that needed SIGKILL after SIGTERM", r["forced"]),
         ("steps repeated after a kill: median, max", f"{redone['median']:g}, {redone['max']}"),
-        ("most steps between two commits, by job", limits),
+        ("at most possible by the commit points, by job", limits),
         *((words, problems[kind]) for kind, words in PROBLEMS.items()),
         ("seconds", f"{r['seconds']:.0f}"),
     ]

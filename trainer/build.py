@@ -29,6 +29,9 @@ from exfm.trainer.objective import Adapter, Objective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
 
 T = TypeVar("T")
+REHEARSALS = (
+    3  # DDP lays its buckets out anew after the first backward pass, TorchRec's with a static graph after the second
+)
 
 
 @dataclass
@@ -97,18 +100,19 @@ def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
 
 
 def rehearse(built: Built, batch: Batch, device: torch.device) -> None:
-    """A forward and backward pass on padding alone, which changes no weight.
+    """Forward and backward passes on padding alone, which change no weight.
 
-    After its first backward DDP lays out its buckets anew, and gloo's sum of 3 ranks rounds by a value's place in the
+    After a backward pass or two DDP lays out its buckets anew, and gloo's sum of 3 ranks rounds by a value's place in the
     buffer: without this the first step after a restart would differ in the last bit from the same step of a job that never
     stopped.
     """
     adapter = built.adapter
     if adapter is not None:
         adapter.eval()  # it would fit itself
-    loss, _ = built.model(batch.to(device))
-    loss.backward()
-    built.optimizers.zero_grad()
+    for _ in range(REHEARSALS):
+        loss, _ = built.model(batch.to(device))
+        loss.backward()
+        built.optimizers.zero_grad()
     if adapter is not None:
         adapter.train()
 

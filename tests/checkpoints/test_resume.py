@@ -84,6 +84,17 @@ def test_stopping_and_resuming_changes_nothing(ranks, kind, stop, pipeline, stre
     assert first < audit_run(tmp_path / "halves")["examples"] == sum(ROWS)
 
 
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_three_ranks_resume_bitwise_although_gloo_rounds_by_the_place_in_a_buffer(kind, stream, tmp_path, on_ranks):
+    """DDP lays out its buckets anew after its first steps: those of a restarted job must not be its first."""
+    whole = teacher(tmp_path / "whole", stream, sharding__allowed=[kind], stream__global_batch=16)
+    halves = replaced(whole, run__folder=str(tmp_path / "halves"))
+    on(on_ranks, 3, whole)
+    on(on_ranks, 3, halves, 5)
+    on(on_ranks, 3, halves)
+    assert_same_outcome(whole, halves)
+
+
 def test_commits_inside_slices_change_nothing(stream, tmp_path):
     whole = teacher(tmp_path / "whole", stream)
     often = teacher(tmp_path / "often", stream, checkpoint={"every_slices": 1, "every_examples": 50, "keep": 100})
