@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -29,7 +29,6 @@ from exfm.checkpoints.touched import Touched
 from exfm.checkpoints.writer import Key, Progress, ShardWriter, placeholder
 from exfm.data.errors import UserError
 from exfm.sharding.shards import Kernel, Shard
-
 
 # ranks write for as long as it takes; one that died is noticed at once, one that hangs by the job's watch
 PATIENCE = timedelta(days=1)
@@ -74,6 +73,9 @@ class Saved:
     stall_s: float
     copied_bytes: int
 
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 class Saver:
     """Saves one job. kernels, plan: its sharded tables. say: a line for the log."""
@@ -99,6 +101,7 @@ class Saver:
         self.base: Committed | None = None  # what the marks are relative to
         self.deltas = 0  # since the last full commit
         self.last: Saved | None = None
+        self._ended: list[Saved] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._preparing: threading.Thread | None = None
@@ -151,6 +154,17 @@ class Saver:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def take_ended(self) -> list[Saved]:
+        """What was saved since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def progress_line(self) -> str:
+        """How far this rank's save is."""
+        p = self.progress
+        seconds = max(time.monotonic() - p.begun, 1e-9)
+        return f"saving: {p.bytes / MIB:,.0f} of {p.total / MIB:,.0f} MiB of this rank, {p.bytes / MIB / seconds:,.0f} MiB/s"
 
     def close(self) -> None:
         """Let a save in flight end; its failure, if any, has no one left to hear it."""
@@ -322,6 +336,7 @@ class Saver:
         total, stall = sum(s[0] for s in sizes), max(s[1] for s in sizes)
         seconds = time.monotonic() - begun
         self.last = Saved(found.name, staged.kind, total, seconds, stall, sum(s[2] for s in sizes))
+        self._ended.append(self.last)
         self.say(
             f"committed {found.name} ({staged.kind}): {total / MIB:,.1f} MiB in {seconds:.2f} s, "
             f"{total / MIB / max(seconds, 1e-9):,.0f} MiB/s, training stood still for {stall:.2f} s"

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.bytes = self.total = 0
+        self.begun = time.monotonic()
 
 
 def write_file(
