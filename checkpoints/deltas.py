@@ -17,7 +17,9 @@ from exfm.checkpoints.canonical import boxes
 from exfm.checkpoints.layout import Chunk, Damaged, Entry
 from exfm.checkpoints.reader import Folder
 
-NAME = re.compile(r"delta\.(?P<table>.+)@(?P<row>[0-9]{1,15}),(?P<column>[0-9]{1,15}),(?P<segment>[0-9]{1,15})\.rows")
+NAME = re.compile(
+    r"(?P<own>delta\.(?P<table>.+)@(?P<row>[0-9]{1,15}),(?P<column>[0-9]{1,15}),(?P<segment>[0-9]{1,15}))\.(?P<kind>\w+)"
+)
 AT_ONCE = 2**18
 
 
@@ -55,20 +57,26 @@ def patches(folder: Folder, base: Folder | None, kinds: Sequence[str] = ("weight
     base: the full state that the delta's chain begins with; None where that is unknown.
     """
     found = []
-    for name in folder.index:
-        if match := NAME.fullmatch(name):
-            row, column, segment = (int(match[k]) for k in ("row", "column", "segment"))
-            own = name.removesuffix(".rows")
-            where = f"{folder.storage.url}/{folder.folder}: {own}"
-            entry = folder.index[name]
-            if entry.dtype != torch.int64 or len(entry.shape) != 1:
-                raise Damaged(f"{where} is no delta of a table's rows")
-            patch = Patch(folder, own, match["table"], row, column, segment, folder.tensor(name))
+    for name in (n for n in folder.index if n.startswith("delta.")):
+        match = NAME.fullmatch(name)
+        if match is None or match["kind"] not in ("rows", *kinds) or f"{match['own']}.rows" not in folder.index:
+            raise Damaged(f"{folder.storage.url}/{folder.folder}: {name} is no delta of a table's rows")
+        if match["kind"] == "rows":
+            found.append(_patch(folder, match))
             for kind in kinds:
-                if not (_is_whole(patch, kind) and (base is None or _is_inside(patch, kind, base))):
-                    raise Damaged(f"{where}.{kind} is no delta of a table's rows")
-            found.append(patch)
+                if not (_is_whole(found[-1], kind) and (base is None or _is_inside(found[-1], kind, base))):
+                    raise Damaged(
+                        f"{folder.storage.url}/{folder.folder}: {match['own']}.{kind} is no delta of a table's rows"
+                    )
     return found
+
+
+def _patch(folder: Folder, match: re.Match[str]) -> Patch:
+    entry = folder.index[match[0]]
+    if entry.dtype != torch.int64 or len(entry.shape) != 1:
+        raise Damaged(f"{folder.storage.url}/{folder.folder}: {match[0]} is no list of rows")
+    row, column, segment = (int(match[k]) for k in ("row", "column", "segment"))
+    return Patch(folder, match["own"], match["table"], row, column, segment, folder.tensor(match[0]))
 
 
 def _is_whole(patch: Patch, kind: str) -> bool:
