@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from exfm.checkpoints.layout import manifest_bytes, sums_of
+from exfm.data.errors import UserError
+
+HUGE = 2**60
 
 
 class Bomb:
@@ -55,3 +58,12 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     tensors = json.loads((folder / "index.json").read_text())["tensors"]
     change(tensors)
     replace_file(folder, "index.json", json.dumps({"tensors": tensors}).encode())
+
+
+def refused(act: Callable[[], Any]) -> str:
+    """The message of a refusal; "" where it was read as if nothing were wrong."""
+    try:
+        act()
+    except UserError as error:
+        return str(error)
+    return ""

@@ -1,6 +1,7 @@
 """`exfm checkpoint`: what it prints and writes, against the files read with the safetensors library and pyarrow alone."""
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -364,3 +366,25 @@ def test_wrong_places_and_options_are_the_users_to_mend(exfm: Exfm, made: Path, 
     ):
         code, _, err = exfm(*args)
         assert code == 2 and message in err, (args, err)
+
+
+def test_the_reader_in_the_documentation_reads_a_full_commit(made: Path) -> None:
+    text = (Path(cli.__file__).resolve().parents[1] / "docs/checkpoints.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    folder = made / "checkpoints" / names(made)[0]
+    assert manifest(folder)["kind"] == "full"
+    found, expected = scope["read"](folder), read_checkpoint(folder)
+    assert len(found) > 50 and same(found, expected) == []
+
+
+def test_commands_in_the_documentation_exist_with_their_options() -> None:
+    text = (Path(cli.__file__).resolve().parents[1] / "docs/checkpoints.md").read_text()
+    app = typer.main.get_command(cli.checkpoint_app)
+    assert isinstance(app, typer.core.TyperGroup)
+    lines = re.findall(r"^exfm checkpoint (.*)", text, re.M)
+    told = {word for line in lines for word in line.split("PATH")[0].split(" A ")[0].replace("|", " ").split()}
+    assert told == set(app.commands)
+    for line in lines:
+        options = {o for p in app.commands[line.split()[0]].params for o in p.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= options
