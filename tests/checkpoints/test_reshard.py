@@ -1,7 +1,7 @@
 """A commit of any number of ranks and sharding type is restored by any other: weights bitwise, sums by the documented rule.
 
-Sums of row-wise Adagrad have one column per column shard (segment): as many on both sides stay bitwise; several become one by
-their mean; one becomes several by repeating it. Four ranks are two nodes of two.
+Sums have one column per column shard: as many on both sides stay bitwise; several become one by their mean, one several by
+repeating it. Four ranks are two nodes of two.
 """
 
 from functools import cache
@@ -141,9 +141,6 @@ def test_sums_of_four_column_shards_become_those_of_two(sources, stream, tmp_pat
     then = make(tmp_path / "run", stream, (3, "column_wise"), sharding__min_column_shard=8)
     found = on_ranks(3, restore_all, then, [(raw["run"]["folder"] + "/checkpoints", newest(raw))])
     assert [text for wrong, _ in found for text in wrong] == []
-
-
-# ------------------------------------------------------------------------------------- the next five steps
 
 
 @pytest.mark.parametrize(
