@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from exfm.checkpoints.commits import Committed, chain, committed
 from exfm.checkpoints.derive import merged_items
 from exfm.checkpoints.sources import Buffers
-from exfm.checkpoints.store import Committed, chain, committed
 from exfm.data.errors import UserError
 
 Raw = dict[str, Any]

@@ -30,11 +30,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from exfm.checkpoints import layout, reader
 from exfm.checkpoints.canonical import table_state
+from exfm.checkpoints.commits import chain, committed
 from exfm.checkpoints.config import CheckpointConfig
 from exfm.checkpoints.saver import Request, Saver
 from exfm.checkpoints.sources import host_memory
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import chain, committed, load
+from exfm.checkpoints.store import load
 from exfm.data.commit import commit_json, open_folder
 from exfm.data.errors import UserError
 from exfm.sharding.shards import Kernel, Shard

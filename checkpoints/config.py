@@ -17,13 +17,14 @@ class GateConfig(BaseModel):
 
 
 class SnapshotConfig(BaseModel):
-    """Weights for scoring, published at slice ends into <run>/snapshots. full_every: of so many, the others hold only rows
-    touched since the one before. rows: how table rows are stored."""
+    """Weights for scoring, published at slice ends. full_every: of so many, the others hold only rows touched since the one
+    before. rows: how table rows are stored. folder: local or an fsspec URL; default: <run.folder>/snapshots."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     every_slices: int = Field(1, gt=0)
     full_every: int = Field(1, gt=0)
     rows: Literal["as_trained", "int8"] = "as_trained"
+    folder: str = ""
     gate: GateConfig | None = None
     keep: int = Field(2, gt=0)
 

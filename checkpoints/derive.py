@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from exfm.checkpoints.commits import Committed
 from exfm.checkpoints.deltas import Patch, delta_name, patches
 from exfm.checkpoints.layout import Chunk, Entry
 from exfm.checkpoints.reader import Folder
-from exfm.checkpoints.sources import Buffers, Finite, Memory, Quantised, Source, steps
+from exfm.checkpoints.sources import Buffers, Finite, Memory, NotFinite, Quantised, Source, steps
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import Committed, Group, agreed, from_rank_0, make_new
+from exfm.checkpoints.store import Group, agreed, from_rank_0, make_new
 from exfm.checkpoints.writer import Item, Progress, RankFile, commit_folder, write_file
+from exfm.data.errors import UserError
 
 
 @dataclass
@@ -156,9 +158,13 @@ def write_items(
     """Write and commit a folder from every rank's items; its bytes. All ranks call; a failure is everybody's."""
     from_rank_0(lambda: make_new(storage, name), group)
     file_name = f"rank-{dist.get_rank(group):05d}.safetensors"
-    file: RankFile = agreed(
-        lambda: write_file(storage, name, file_name, list(items()), Buffers(2**26), Progress()), group
-    )
+    try:
+        file: RankFile = agreed(
+            lambda: write_file(storage, name, file_name, list(items()), Buffers(2**26), Progress()), group
+        )
+    except (UserError, OSError, NotFinite):
+        from_rank_0(lambda: storage.remove(name), group)  # what was not committed may not fill the disk
+        raise
     files: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(files, file, group=group)
     from_rank_0(lambda: commit_folder(storage, name, files, manifest), group)

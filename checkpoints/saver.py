@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exfm.checkpoints.canonical import boxes, column_starts
+from exfm.checkpoints.commits import Committed, chain, committed
 from exfm.checkpoints.config import MIB, CheckpointConfig
 from exfm.checkpoints.deltas import delta_name
 from exfm.checkpoints.derive import compact
+from exfm.checkpoints.keeping import clean
 from exfm.checkpoints.layout import FORMAT, MANIFEST
 from exfm.checkpoints.sources import Buffers, Copies, Guard, Guarded, Live, Memory, Source
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import Committed, Partials, chain, clean, committed, from_rank_0, make_new, new_name
+from exfm.checkpoints.store import Partials, from_rank_0, make_new, new_name
 from exfm.checkpoints.touched import Touched
 from exfm.checkpoints.writer import Key, Progress, ShardWriter, placeholder
 from exfm.data.errors import UserError

@@ -18,10 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exfm.checkpoints.canonical import boxes, convert_segments, like
 from exfm.checkpoints.commits import Committed, chain, listing, nonsense
-from exfm.checkpoints.commits import committed as committed
 from exfm.checkpoints.deltas import apply_delta
 from exfm.checkpoints.holding import reading
-from exfm.checkpoints.keeping import clean as clean
 from exfm.checkpoints.layout import MANIFEST, Damaged
 from exfm.checkpoints.reader import Folder, ShardReader
 from exfm.checkpoints.sources import NotFinite
@@ -87,7 +85,8 @@ def load_from(folders: Sequence[Folder], state: dict[str, Tensor], group: Group 
     for name, tensor in state.items():
         holder = folders[0] if name.startswith("tables.") else folders[-1]
         target[name] = _target(holder, name, tensor)
-        if target[name] is not tensor or holder.index[name].dtype != tensor.dtype:
+        # of the boxes: a DTensor of several says float32 whatever they are
+        if target[name] is not tensor or any(b.dtype != holder.index[name].dtype for _, b in boxes(tensor)):
             converted.append(name)
     tables = {n: t for n, t in target.items() if n.startswith("tables.")}
     rest = {n: t for n, t in target.items() if n not in tables}
@@ -105,7 +104,10 @@ def load_from(folders: Sequence[Folder], state: dict[str, Tensor], group: Group 
     for name in converted:
         if name.endswith(".adagrad_sum"):
             _convert(target[name], state[name])
-    return not converted
+    # a rank without rows of a table has nothing to convert
+    anywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(anywhere, bool(converted), group=group)
+    return not any(anywhere)
 
 
 def _dcp_load(part: dict[str, Tensor], folder: Folder, group: Group) -> None:

@@ -5,10 +5,11 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
+from exfm.checkpoints.commits import chain, committed
 from exfm.checkpoints.config import WarmStartConfig
 from exfm.checkpoints.holding import reading
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import agreed, chain, committed, from_rank_0, load_from
+from exfm.checkpoints.store import agreed, from_rank_0, load_from
 from exfm.data.errors import UserError
 
 

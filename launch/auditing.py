@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.data.commit import open_folder
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream

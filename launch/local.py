@@ -1,5 +1,6 @@
 """Running jobs on this machine through torchrun, watching them and saying how they ended."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
+from exfm.checkpoints.storage import Storage
 from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
@@ -56,6 +58,7 @@ class LocalJob:
             raise UserError(f"--max-restarts is {self.max_restarts}; use 0 or more")
         check_ranks(self.job, self.nproc)
         check_against_stream(self.job, open_stream(self.job.stream.path))
+        Storage(self.job.checkpoint_folder, self.job.checkpoint.retries).check()
         if found := committed(self.job.checkpoint_folder):
             check_identity(found[-1], self.job)
 
@@ -100,7 +103,10 @@ class LocalJob:
     def kill(self) -> None:
         """End torchrun and its ranks at once; what was committed stays."""
         if self.process is not None and self.running():
-            os.killpg(self.process.pid, signal.SIGKILL)
+            # torchrun gives every rank a session of its own: killing its group would leave them behind
+            for pid in [self.process.pid, *descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def refresh(self) -> dict[str, Any] | None:
         """The newest line of metrics.jsonl since the last call, or None."""
@@ -138,6 +144,16 @@ class LocalJob:
             f"torchrun ended with {self.process.returncode}; end of {self.folder}/logs/torchrun.log:\n"
             + "\n".join(tail),
         )
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes started by a process, and by those, at this moment (Linux)."""
+    try:
+        tasks = [f.read_text().split() for f in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it has ended
+        return []
+    children = [int(child) for task in tasks for child in task]
+    return [*children, *(d for child in children for d in descendants(child))]
 
 
 def run_jobs(jobs: Sequence[LocalJob], environment: Mapping[str, str], view: Any, poll_s: float = 0.2) -> int:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from exfm.checkpoints.commits import nonsense
+from exfm.checkpoints.commits import Committed, nonsense
 from exfm.checkpoints.saver import Request, Saver
 from exfm.checkpoints.snapshots import publish
 from exfm.checkpoints.sources import NotFinite
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import Committed, Partials, agreed, load, load_partials, restore_newest
+from exfm.checkpoints.store import Partials, agreed, load, load_partials, restore_newest
 from exfm.checkpoints.warm import warm_start
 from exfm.data.errors import UserError
 from exfm.trainer.gate import refusal
@@ -120,7 +120,7 @@ class Commits:
         """In the background, of a commit that was just made."""
         job, config = self.job, self.config.snapshots
         assert config is not None
-        root = Storage(str(job.folder / "snapshots"))
+        root = Storage(config.folder or str(job.folder / "snapshots"), self.config.retries)
         try:
             job.log.say(publish(root, found, config, index, {"version": version}, self.saver.group))
         except NotFinite as error:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from exfm.checkpoints.canonical import adam_state, dense_state, table_state
-from exfm.checkpoints.store import Committed, Partials
+from exfm.checkpoints.commits import Committed
+from exfm.checkpoints.store import Partials
 from exfm.data.errors import UserError
 from exfm.trainer.build import Built
 from exfm.trainer.config import JobConfig

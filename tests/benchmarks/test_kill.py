@@ -10,7 +10,7 @@ import pytest
 from benchmarks import kill
 from benchmarks._kill_campaign import Draw, Saves, unfinished
 from benchmarks._kill_jobs import DRAW, GLOBAL_BATCH, KillJob, draw_jobs, gaps, steps_done
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.trainer.loop import Job
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.launch.auditing import audit_run
 from exfm.trainer.run import DONE, STOPPED
 from tests.trainer.jobs import (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.data.commit import open_folder
 from exfm.launch.auditing import audit_run
 from exfm.trainer.ending import decided, read_exit, write_exit

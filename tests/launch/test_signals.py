@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.data.synth import synth
 from exfm.launch import cli
 from exfm.launch.auditing import audit_run

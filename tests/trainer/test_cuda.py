@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.trainer.env import RankEnv, process_group
 from exfm.trainer.loop import Job
 from exfm.trainer.run import DONE, STOPPED

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.data.cut import Cut, write_stream
 from exfm.data.errors import UserError
 from exfm.launch.auditing import audit_run

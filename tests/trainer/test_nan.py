@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exfm.checkpoints.store import committed
+from exfm.checkpoints.commits import committed
 from exfm.launch.auditing import audit_run
 from exfm.trainer import objective
 from exfm.trainer.guard import NonFiniteLoss
