@@ -24,6 +24,8 @@ class Difference:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Rows of both; NaN equals NaN."""
+        if a.dtype == b.dtype and torch.equal(a, b):
+            return
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         if a.is_floating_point() or b.is_floating_point():
             a, b = a.double(), b.double()

@@ -20,14 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exfm.checkpoints import view
+from exfm.checkpoints import store, view
 from exfm.checkpoints.commits import chain, committed, listing
-from exfm.checkpoints.holding import reading
+from exfm.checkpoints.holding import reading, removing
 from exfm.checkpoints.keeping import clean
 from exfm.checkpoints.sources import Buffers, Memory
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.writer import Item, Progress, commit_folder, write_file
 from exfm.launch import cli
+from exfm.trainer.env import RankEnv, process_group
 from tests.trainer.jobs import make_stream, read_checkpoint, run, same, teacher
 
 State = dict[str, Tensor]
@@ -246,6 +247,23 @@ def test_prune_leaves_a_commit_that_is_being_read_and_what_it_rests_on(exfm: Exf
         assert resolved(job / "checkpoints" / links[-1])
     exfm("prune", job, "--keep", 1)
     assert links[-1] not in names(job)
+
+
+def test_a_job_that_loads_a_commit_keeps_it_from_being_removed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(made / "checkpoints")
+    everything = listing(storage)
+    free = []
+
+    def look(*_: object) -> bool:
+        with removing(storage, everything[-1].name) as alone:
+            free.append(alone)
+        return True
+
+    monkeypatch.setattr(store, "load_from", look)
+    with process_group(RankEnv(), torch.device("cpu"), 60.0):
+        store.load(chain(everything[-1], everything), {})
+    look()
+    assert free == [False, True]
 
 
 def test_a_damaged_newest_commit_does_not_count_as_one_that_is_kept(exfm: Exfm, job: Path) -> None:
