@@ -175,10 +175,10 @@ def test_a_snapshot_outside_a_band_is_held_back_and_the_last_good_one_stays(gate
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("rows", "deltas"), [("as_trained", 1), ("int8", 1), ("as_trained", 100)])
-def test_a_weight_that_is_not_finite_holds_a_snapshot_back(rows, deltas, bad, stream, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", ["as_trained", "int8"])
+def test_a_weight_that_is_not_finite_holds_a_snapshot_back(rows, bad, stream, tmp_path, monkeypatch):
     """The row of a user whom nobody looks up: no loss shows it."""
-    raw = make(tmp_path / "run", stream, {"rows": rows, "full_every": deltas}, full_every=deltas)
+    raw = make(tmp_path / "run", stream, {"rows": rows})
     save = Saver.save
 
     def poisoned(self: Saver, request: Any) -> None:
