@@ -76,7 +76,9 @@ class Saved:
     copied_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For metrics.jsonl, whose lines have a `kind` of their own."""
+        found = asdict(self)
+        return {"commit": found.pop("name"), "commit_kind": found.pop("kind"), **found}
 
 
 class Saver:
