@@ -276,7 +276,7 @@ class Saver:
             if self.config.compact_after and self.deltas >= self.config.compact_after:
                 self._compact(found)
             keep, keep_every, current = self.config.keep, self.config.keep_every, self.base.name
-            from_rank_0(lambda: clean(self.storage, keep, keep_every, current), self.group)
+            from_rank_0(lambda: clean(self.storage, keep, keep_every, current, self.say), self.group)
         except (UserError, OSError, CheckpointException) as error:
             with contextlib.suppress(Exception):  # an unfinished checkpoint must not keep the disk full
                 from_rank_0(lambda: self._abandon(name), self.group)

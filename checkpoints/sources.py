@@ -157,6 +157,8 @@ class Guard:
             first, last = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
             if first < last:
                 part[(rows[first:last] - start).cpu()] = copy[name][first:last].to(part.device)
+        if self.finished:
+            self.copies = []  # their memory is training's again
 
 
 @dataclass
