@@ -74,4 +74,8 @@ class CheckpointConfig(BaseModel):
             raise ValueError(
                 "compact_after merges deltas, but full_every: 1 makes none; set full_every above it or leave it out"
             )
+        if self.compact_after >= self.full_every > 1:
+            raise ValueError(
+                f"compact_after is never reached: every {self.full_every}th commit is full; set it below full_every"
+            )
         return self

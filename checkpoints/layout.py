@@ -1,10 +1,10 @@
 """What lies in a checkpoint's folder: safetensors files, an index of who holds which part of which tensor, one manifest.
 
-    step=00001234/rank-00000-0.safetensors   raw tensor bytes of one rank, readable by any safetensors library
+    step=00001234/rank-00000.safetensors   raw tensor bytes of one rank, readable by any safetensors library
     step=00001234/index.json                 {"tensors": {name: {"dtype", "shape", "chunks": [[offsets, sizes, file, start]]}}}
     step=00001234/manifest.json              everything else; sizes and checksums of the files above, and its own
 
-No file is a pickle and no name in them is trusted: `read_manifest` and `Index.parse` refuse what is not exactly this. Checksums
+No file is a pickle and no name in them is trusted: `read_manifest` and `parse_index` refuse what is not exactly this. Checksums
 (XXH3, 64 bit) are of blocks of BLOCK_BYTES, so that a rank that reads a part of a file checks what it reads and no more.
 """
 

@@ -262,6 +262,8 @@ class Saver:
         except Exception as error:
             self._failure = SaveError(f"cannot save a checkpoint: {error}; the last commit is intact")
         finally:
+            for guard in staged.guards:
+                guard.release()
             staged.read.set()
 
     def _write(self, request: Request, staged: _Staged, begun: float) -> Exception | None:
@@ -272,17 +274,28 @@ class Saver:
             found = self._find(name)
             self.base, self.deltas = found, self.deltas + 1 if staged.kind == "delta" else 0
             self._report(found, staged, begun)
-            request.after_commit(found)
-            if self.config.compact_after and self.deltas >= self.config.compact_after:
-                self._compact(found)
-            keep, keep_every, current = self.config.keep, self.config.keep_every, self.base.name
-            from_rank_0(lambda: clean(self.storage, keep, keep_every, current, self.say), self.group)
         except (UserError, OSError, CheckpointException) as error:
             with contextlib.suppress(Exception):  # an unfinished checkpoint must not keep the disk full
                 from_rank_0(lambda: self._abandon(name), self.group)
             where = f"{self.storage.url}/{name}" if name else self.storage.url
             return SaveError(f"cannot write checkpoint {where}: {cause(error)}; the last commit is intact")
+        # the commit is made: what fails from here on costs neither it nor the job
+        self._aside("its snapshot", lambda: request.after_commit(found))
+        if self.config.compact_after and self.deltas >= self.config.compact_after:
+            self._aside("merging its deltas", lambda: self._compact(found))
+        keep, keep_every, current = self.config.keep, self.config.keep_every, self.base.name
+        self._aside(
+            "removing old commits",
+            lambda: from_rank_0(lambda: clean(self.storage, keep, keep_every, current, self.say), self.group),
+        )
         return None
+
+    def _aside(self, what: str, act: Callable[[], Any]) -> None:
+        """Failures are the same on all ranks, so all go on together."""
+        try:
+            act()
+        except Exception as error:
+            self.say(f"{what} failed: {cause(error)}; training goes on")
 
     def _new_folder(self, step: int) -> str:
         name = new_name(self.storage, step)

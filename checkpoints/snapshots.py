@@ -34,6 +34,10 @@ def published(storage: Storage) -> list[Committed]:
     return committed(storage)
 
 
+def snapshot_name(index: int) -> str:
+    return f"slice={index:06d}"
+
+
 def publish(
     storage: Storage, commit: Committed, config: SnapshotConfig, index: int, word: dict[str, Any], group: Group
 ) -> str:
@@ -42,7 +46,7 @@ def publish(
     NotFinite where a weight is NaN or infinite: nothing is published then.
     """
     links, before = from_rank_0(lambda: (chain(commit, listing(commit.storage)), published(storage)), group)
-    name = f"slice={index:06d}"
+    name = snapshot_name(index)
     before = [s for s in before if s.step < index]
     base = _base(links, before, config)
     if base is not None:
@@ -79,8 +83,13 @@ def _base(links: Sequence[Committed], before: Sequence[Committed], config: Snaps
             break
         length += 1
     of = before[-1].manifest["of"]
-    behind = [c for c in links[:-1] if c.name == of["name"] and c.manifest["sum"] == of["sum"]]
-    return before[-1] if behind and length < config.full_every else None
+    behind = [i for i, c in enumerate(links[:-1]) if c.name == of["name"] and c.manifest["sum"] == of["sum"]]
+    if not behind or length >= config.full_every:
+        return None
+    # rows of commits under different plans may lie in several boxes, of which none says which is the newest
+    since = links[behind[0] + 1 :]
+    alike = all(c.manifest.get("plan") == since[-1].manifest.get("plan") for c in since)
+    return before[-1] if alike else None
 
 
 def load_snapshot(storage: Storage, name: str, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -129,6 +129,11 @@ class Guard:
     def finished(self) -> bool:
         return min(self.done.values()) >= self.rows
 
+    def release(self) -> None:
+        """The save is over, whether it succeeded or not."""
+        self.done = dict.fromkeys(self.tensors, self.rows)
+        self.copies = []
+
     def before_update(self, rows: Tensor) -> None:
         """Keep what rows [n] i64 (repeats allowed) hold now."""
         if self.finished:
@@ -157,8 +162,9 @@ class Guard:
             first, last = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
             if first < last:
                 part[(rows[first:last] - start).cpu()] = copy[name][first:last].to(part.device)
-        if self.finished:
-            self.copies = []  # their memory is training's again
+        with self.lock:  # what lies behind has been written: its memory is training's again
+            behind = min(self.done.values())
+            self.copies = [c for c in self.copies if int(c[0][-1]) >= behind] if behind < self.rows else []
 
 
 @dataclass
@@ -240,6 +246,8 @@ class Copies:
 
     def _room(self, key: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         num_bytes = shape.numel() * dtype.itemsize
-        if key not in self._memory or self._memory[key].numel() < num_bytes:
-            self._memory[key] = host_memory(max(num_bytes, 1), self.pinned)
+        held = self._memory[key].numel() if key in self._memory else 0
+        if key not in self._memory or held < num_bytes:
+            # a delta has other rows every time: grow by more than it asks for
+            self._memory[key] = host_memory(max(num_bytes, held * 3 // 2, 1), self.pinned)
         return self._memory[key][:num_bytes].view(dtype).view(shape)

@@ -41,6 +41,7 @@ class Storage:
         self.local = fsspec.utils.get_protocol(self.url) in ("file", "local")
         self.retries = retries
         self.lease_s = lease_s
+        self.moved_bytes = 0  # read and written so far: whoever waits can see that something moves
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str, int, float]]:
         return Storage, (self.url, self.retries, self.lease_s)  # connections stay here
@@ -111,6 +112,7 @@ class Storage:
         """Fill the whole buffer from byte `start` on. OSError where the file is too short."""
         flat = buffer.cast("B")
         full = self._full(path)
+        self.moved_bytes += len(flat)
         if self.local:
             return self._do("read", path, lambda: disk.read_into(full, start, flat))
         fs = self._opened[0]
@@ -121,10 +123,15 @@ class Storage:
 
         The parts are seen once, so it is the single request (a part of a multipart upload) that s3fs tries again.
         """
-        full, flat = self._full(path), (memoryview(part).cast("B") for part in parts)
+        full, flat = self._full(path), self._counted(parts)
         if self.local:
             return self._do("write", path, lambda: disk.write(full, flat))
         return self._do("write", path, lambda: upload(self._uploading, full, flat), retries=0)
+
+    def _counted(self, parts: Iterable[Bytes]) -> Iterator[memoryview]:
+        for part in parts:
+            self.moved_bytes += len(part)
+            yield memoryview(part).cast("B")
 
     @cached_property
     def _uploading(self) -> Filesystem:

@@ -37,25 +37,34 @@ Group = dist.ProcessGroup | None
 
 
 def restore_newest(
-    storage: Storage, load_it: Callable[[list[Committed]], None], say: Callable[[str], None], group: Group = None
+    storage: Storage,
+    load_it: Callable[[list[Committed]], None],
+    reset: Callable[[], None],
+    say: Callable[[str], None],
+    group: Group = None,
 ) -> Committed | None:
     """Load the newest commit that is undamaged; None where there is none at all. All ranks call.
 
-    Every damaged one is named and set aside. UserError where all of them are.
+    Every damaged one is named; `reset` undoes what reading it has done to the model; it is set aside once an older one has
+    been loaded. UserError where all are damaged, and then all stay: it may be the disk that is gone, not they.
     """
     everything = from_rank_0(lambda: listing(storage), group)
-    problem = ""
+    damaged: dict[str, str] = {}
     for found in reversed(everything):
         try:
             load_it(chain(found, everything))
-            return found
         except Damaged as error:
-            problem = str(error)
-            say(f"{problem}; it is set aside, going back to the commit before it")
-            from_rank_0(lambda name=found.name: set_aside(storage, name), group)  # type: ignore[misc]
-    if problem:
+            damaged[found.name] = str(error)
+            say(f"{error}; going back to the commit before it")
+            reset()
+            continue
+        for name in damaged:
+            from_rank_0(lambda name=name: set_aside(storage, name), group)  # type: ignore[misc]
+        return found
+    if damaged:
         raise UserError(
-            f"no undamaged commit is left in {storage.url} ({problem}); choose another run.folder to start anew"
+            f"no undamaged commit is left in {storage.url} ({next(iter(damaged.values()))}); see that its disk is there and whole, "
+            "or choose another run.folder to start anew"
         )
     return None
 
@@ -179,13 +188,20 @@ def agreed(act: Callable[[], Any], group: Group = None) -> Any:
     result, failure = None, None
     try:
         result = act()
-    except (UserError, OSError, NotFinite) as error:
-        failure = error
+    except Exception as error:
+        failure = portable(error)
     failures: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, failure, group=group)
     if first := next((f for f in failures if f is not None), None):
         raise first
     return result
+
+
+def portable(error: Exception) -> Exception:
+    """An error that can be sent to other ranks: none may wait for one that has failed, whatever the reason."""
+    if isinstance(error, UserError | OSError | NotFinite):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def new_name(storage: Storage, step: int) -> str:
@@ -199,6 +215,7 @@ def new_name(storage: Storage, step: int) -> str:
 
 def make_new(storage: Storage, name: str) -> None:
     """An empty folder, whatever an attempt that was not committed left there."""
+    storage.remove(f"{name}/{MANIFEST}")  # first: what is half removed must not look committed
     storage.remove(name)
     storage.make(name)
 
@@ -209,8 +226,8 @@ def from_rank_0(act: Callable[[], Any], group: Group = None) -> Any:
     if dist.get_rank() == 0:
         try:
             word[0] = act()
-        except (UserError, OSError) as error:
-            word[1] = error
+        except Exception as error:
+            word[1] = portable(error)
     dist.broadcast_object_list(word, src=0, group=group)
     if word[1] is not None:
         raise word[1]

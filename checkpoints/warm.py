@@ -1,6 +1,7 @@
 """Warm start: begin a new job from tensors of another job's commit, chosen by name, under other names if need be."""
 
 import re
+from collections.abc import Collection
 from contextlib import ExitStack
 
 from torch import Tensor
@@ -8,13 +9,14 @@ from torch import Tensor
 from exfm.checkpoints.commits import chain, committed
 from exfm.checkpoints.config import WarmStartConfig
 from exfm.checkpoints.holding import reading
+from exfm.checkpoints.reader import Folder
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import agreed, from_rank_0, load_from
 from exfm.data.errors import UserError
 
 
-def warm_start(config: WarmStartConfig, state: dict[str, Tensor]) -> str:
-    """Read what `config` chooses into the live tensors; one line about it. All ranks call.
+def warm_start(config: WarmStartConfig, state: dict[str, Tensor], hashed: Collection[str] = ()) -> str:
+    """Read what `config` chooses into the live tensors; one line about it. All ranks call. hashed: tables under `ids: hash`.
 
     UserError where there is no commit, or where a chosen tensor is not in it or has another shape.
     """
@@ -22,14 +24,34 @@ def warm_start(config: WarmStartConfig, state: dict[str, Tensor]) -> str:
     if not everything:
         raise UserError(f"checkpoint.warm_start.path {config.path} holds no commit; give a run's checkpoints folder")
     links = chain(everything[-1], everything)
-    chosen = {theirs(config, name): t for name, t in state.items() if _included(config, name)}
+    chosen: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if _included(config, name):
+            if theirs(config, name) in chosen:
+                raise UserError(
+                    f"checkpoint.warm_start.rename gives two tensors {theirs(config, name)}, one of them {name}"
+                )
+            chosen[theirs(config, name)] = tensor
     if not chosen:
         raise UserError(f"checkpoint.warm_start.include {list(config.include)} chooses none of {', '.join(state)}")
     with ExitStack() as stack:
         agreed(lambda: stack.enter_context(reading(links[-1].storage, links[-1].name)))
-        load_from(agreed(lambda: [c.open() for c in links]), chosen)
+        folders = agreed(lambda: [c.open() for c in links])
+        _check_hashed(config, folders[0], state, hashed)
+        load_from(folders, chosen)
     tables = len({n.split(".")[1] for n in chosen if n.startswith("tables.")})
     return f"warm start from {links[-1].folder}: {len(chosen)} tensors, {tables} tables among them; {len(state) - len(chosen)} start anew"
+
+
+def _check_hashed(config: WarmStartConfig, folder: Folder, state: dict[str, Tensor], hashed: Collection[str]) -> None:
+    for table in hashed:
+        name = f"tables.{table}.weight"
+        saved = folder.index.get(theirs(config, name))
+        if _included(config, name) and saved is not None and saved.shape[0] != state[name].shape[0]:
+            raise UserError(
+                f"table '{table}' has {state[name].shape[0]} rows, in {folder.storage.url}/{folder.folder} {saved.shape[0]}: under ids: "
+                "hash every id would move; use as many rows, or leave it out of checkpoint.warm_start.include"
+            )
 
 
 def _included(config: WarmStartConfig, name: str) -> bool:

@@ -149,6 +149,7 @@ def commit_folder(storage: Storage, folder: str, files: Sequence[RankFile], mani
     text = index_bytes(index)
     storage.write(f"{folder}/{INDEX}", [memoryview(text)])
     storage.sync(folder)
+    storage.sync("")  # the folder's own name
     records = [f.record for f in files] + [sums_of([memoryview(text)], INDEX)]
     storage.commit(f"{folder}/{MANIFEST}", manifest_bytes(manifest | {"files": [r.as_dict() for r in records]}))
 

@@ -8,14 +8,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from exfm.checkpoints.canonical import boxes
 from exfm.checkpoints.commits import Committed, nonsense
 from exfm.checkpoints.saver import Request, Saver
-from exfm.checkpoints.snapshots import publish
+from exfm.checkpoints.snapshots import publish, published, snapshot_name
 from exfm.checkpoints.sources import NotFinite
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import Partials, agreed, load, load_partials, restore_newest
+from exfm.checkpoints.store import Partials, agreed, from_rank_0, load, load_partials, restore_newest
 from exfm.checkpoints.warm import warm_start
 from exfm.data.errors import UserError
+from exfm.embeddings.tables import fill_initial
 from exfm.trainer.gate import refusal
 from exfm.trainer.ledger import as_array, from_array, write_ledger
 from exfm.trainer.state import canonical_state, check_identity, random_state, restore_random, versions
@@ -36,6 +38,7 @@ class Commits:
         self.storage = Storage(config.checkpoint_folder, self.config.retries)
         self.saver = Saver(self.storage, self.config, job.device, job.built.kernels, job.built.plan, job.log.say)
         self.saver.prepare(self.state)
+        job.doing.moved = lambda: self.storage.moved_bytes
 
     # ---------------------------------------------------------------- saving
 
@@ -69,7 +72,7 @@ class Commits:
             p.step,
             self.state,
             self._partials(),
-            self._manifest(),
+            self._manifest() | ({"snapshot": p.slice - 1} if publish_too else {}),
             # a view for people and the audit; what counts is in the checkpoint
             before_commit=lambda: write_ledger(job.ledger_fs, job.ledger_path, entries),
         )
@@ -120,9 +123,8 @@ class Commits:
         """In the background, of a commit that was just made."""
         job, config = self.job, self.config.snapshots
         assert config is not None
-        root = Storage(config.folder or str(job.folder / "snapshots"), self.config.retries)
         try:
-            job.log.say(publish(root, found, config, index, {"version": version}, self.saver.group))
+            job.log.say(publish(self._snapshots(), found, config, index, {"version": version}, self.saver.group))
         except NotFinite as error:
             job.log.say(f"snapshot of slice {index} is not published: {error}; the last good one stays")
 
@@ -134,14 +136,38 @@ class Commits:
         UserError for a checkpoint of another config. All ranks call.
         """
         job = self.job
-        found = restore_newest(self.storage, self._load, job.log.say)
+        found = restore_newest(self.storage, self._load, self._reset, job.log.say)
         if found is None:
             if self.config.warm_start is not None:
-                job.log.say(warm_start(self.config.warm_start, self.state))
+                hashed = {f.table for f in job.config.features.sparse if f.ids == "hash"}
+                job.log.say(warm_start(self.config.warm_start, self.state, hashed))
             return False
         p = job.progress
         job.log.say(f"resumed from {found.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
+        if (due := found.manifest.get("snapshot")) is not None:
+            self._publish_missing(due, found)
         return True
+
+    def _publish_missing(self, index: int, found: Committed) -> None:
+        """The snapshot that a commit was to be published as, where the job died in between."""
+        there = from_rank_0(lambda: any(s.name == snapshot_name(index) for s in published(self._snapshots())))
+        if not there and self.config.snapshots is not None:
+            self._publish(index, found.manifest["version"], found)
+
+    def _snapshots(self) -> Storage:
+        folder = self.config.snapshots.folder if self.config.snapshots else ""
+        return Storage(folder or str(self.job.folder / "snapshots"), self.config.retries)
+
+    def _reset(self) -> None:
+        """Tables as they were built: what a damaged commit left in them must not stay where an older one has no rows."""
+        config = self.job.config
+        for shard in self.job.built.shards:
+            table = config.tables[shard.table]
+            fill_initial(shard.weight, shard.table, table, config.run.seed, shard.row, shard.column)
+        for name, tensor in self.state.items():
+            if name.endswith(".adagrad_sum"):
+                for _, box in boxes(tensor):
+                    box.zero_()
 
     def _check(self, newest: Committed, share: list[Partials]) -> None:
         """Damaged where a manifest lacks what a job saves, or arrays are of another kind."""

@@ -60,7 +60,7 @@ def check_identity(found: Committed, config: JobConfig) -> None:
     if differing:
         raise UserError(
             f"checkpoint {found.folder} is of another config; differing keys: {'; '.join(differing)}; restore these values or "
-            f"choose another run.folder than {Path(found.folder).parents[1]}"
+            f"choose another run.folder than {config.run.folder}"
         )
 
 

@@ -53,6 +53,7 @@ class Doing:
 
     def __init__(self) -> None:
         self.phase, self.step = "starting", 0
+        self.moved: Callable[[], int] = lambda: 0  # bytes of checkpoints read and written
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Beat:
     step: int = 0
     collectives: int = 0
     last: str = ""
+    moved: int = 0
 
     def who(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
@@ -114,7 +116,7 @@ class Watch:
         self.store: Any = None
         self.backends: list[Any] = []
         self.number, self.last, self.asked = 0, "", False
-        self.state: tuple[str, int, int] = ("", 0, 0)
+        self.state: tuple[str, int, int, int] = ("", 0, 0, 0)
         self.since = time.monotonic()
         self.look_at = 0.0
         self._lock = threading.Lock()
@@ -181,7 +183,7 @@ class Watch:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        state = (self.doing.phase, self.doing.step, self._collectives())
+        state = self._state()
         if state != self.state:
             self.state, self.since = state, now
         self._publish()
@@ -195,10 +197,14 @@ class Watch:
             return
         verdict = self._verdict(still, still >= patience)
         # while it looked, things may have moved, or the main thread may have found out by itself
-        if verdict and state == (self.doing.phase, self.doing.step, self._collectives()) and not self.last:
+        if verdict and state == self._state() and not self.last:
             self._dump()
             self._end(verdict)
         self.look_at = time.monotonic() + LOOK_AGAIN_S
+
+    def _state(self) -> tuple[str, int, int, int]:
+        """What moves while this rank gets on."""
+        return self.doing.phase, self.doing.step, self._collectives(), self.doing.moved()
 
     def _verdict(self, still: float, hangs: bool) -> str:
         """Why to end this rank now, or "". hangs: its patience is over; else a silent peer is the only reason."""
@@ -207,6 +213,8 @@ class Watch:
         except RuntimeError as error:
             return self._deaf(error)
         me = self.env.rank
+        if any(a.moved != b.moved for a, b in zip(before, after, strict=True)) and not silent_ranks(before, after, me):
+            return ""  # a large checkpoint takes its time
         fewest = min(b.collectives for b in after)
         slow = any(b.phase.startswith(SLOW) for b in after if b.collectives == fewest)
         if silent_ranks(before, after, me) or (hangs and not (slow and still < self.config.timeout_s)):
@@ -246,7 +254,7 @@ class Watch:
         env, doing = self.env, self.doing
         return Beat(
             env.rank, socket.gethostname(), os.getpid(), self.number, time.time(), doing.phase, doing.step,
-            self._collectives(), self.last,
+            self._collectives(), self.last, doing.moved(),
         )  # fmt: skip
 
     def _publish(self) -> None:

@@ -94,9 +94,9 @@ def empty(path: Path) -> None:
 
 
 def goes_back(raw: Raw, file: str, steps: list[int], on_ranks: Callable[..., list[str]]) -> str:
-    """Run a job with a damaged file: it names the file and resumes after these steps were set aside; its end is the same."""
+    """Run a job with a damaged file: it names the file and resumes after these steps were passed over; its end is the same."""
     said = on_ranks(2, heard, raw)[0]
-    assert re.search(rf"{file} .*it is set aside, going back", said), said
+    assert re.search(rf"{file} .*going back to the commit before it", said), said
     resumed = re.search(r"resumed from .*step=0*(\d+)", said)
     assert resumed and [s for s in (5, 10, 15, 20) if s > int(resumed[1])] == steps
     return said
@@ -163,7 +163,7 @@ def test_a_delta_whose_base_is_gone_or_was_exchanged_is_not_used(finished, tmp_p
     shutil.rmtree(checkpoints(exchanged) / "step=00000015")
     shutil.copytree(checkpoints(finished["full"]) / "step=00000015", checkpoints(exchanged) / "step=00000015")
     said = on_ranks(2, heard, exchanged)[0]
-    assert "step=00000015 is not the commit that" in said and "resumed from" in said.split("set aside")[1]
+    assert "step=00000015 is not the commit that" in said and "resumed from" in said.split("going back")[1]
     for raw in (gone, exchanged):
         assert_same_end(finished["in turns"], raw, tmp_path / raw["run"]["folder"].split("/")[-1], on_ranks)
 

@@ -128,3 +128,15 @@ def test_commits_of_its_own_win(source, tmp_path):
     run(raw)
     assert committed(tmp_path / "run/checkpoints")[-1].step == committed(tmp_path / "whole/checkpoints")[-1].step == 6
     assert [n for n, t in last_state(raw).items() if not t.equal(last_state(whole_job)[n])] == []
+
+
+def test_two_tensors_of_one_name_are_refused(source, tmp_path):
+    raw = warm(tmp_path / "run", source, rename={r"tables\.viewed": "tables.user"})
+    with pytest.raises(UserError, match=r"rename gives two tensors tables.user.weight"):
+        run(raw, 1)
+
+
+def test_a_hashed_table_of_another_number_of_rows_is_refused(source, tmp_path):
+    raw = replaced(warm(tmp_path / "run", source), tables__item={"rows": 26, "width": 8})
+    with pytest.raises(UserError, match=r"table 'item' has 26 rows, in .* 13: under ids: hash every id would move"):
+        run(raw, 1)
