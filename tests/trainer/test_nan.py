@@ -34,6 +34,8 @@ class Poison:
             import torch.distributed as dist
 
             loss = self.original(logits, labels, weights)
+            if not weights.any():  # padding: the rehearsal before the first step
+                return loss
             bad = self.calls in self.steps and dist.get_rank() == dist.get_world_size() - 1
             self.calls += 1
             return loss * torch.tensor(float("nan")) if bad else loss
@@ -110,7 +112,8 @@ def test_weights_that_the_last_update_before_a_commit_spoiled_are_not_committed(
 
     def spoiled(logits, labels, weights):
         loss = original(logits, labels, weights)
-        calls.append(loss)
+        if weights.any():  # not the rehearsal
+            calls.append(loss)
         if len(calls) == 2:  # 64 examples, 32 a step: the second step is the last before the first commit
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss
