@@ -3,7 +3,7 @@
 Row-wise tables of width 128 and their row-wise Adagrad sums, no model: what is measured is checkpoints/ alone. Every round does,
 one after the other on the same disk, a plain parallel write + fsync and a plain parallel read of the same bytes (one file and
 one process per rank, 16 MiB calls, page cache dropped before reading) and ours; ratios are medians over rounds. Training
-during a save is a loop that updates random rows. Writes checkpoint.md and checkpoint.json.
+during a save is a loop that updates random rows. Writes checkpoint_speed.md and .json.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--big-gib", type=float, default=0.0, help="also one rank of so much, bounded staging")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary folder")
-    parser.add_argument("--out", type=Path, help="folder of checkpoint.md and checkpoint.json; default: print")
+    parser.add_argument("--out", type=Path, help="folder of checkpoint_speed.md and .json; default: print")
     a = parser.parse_args(args)
     folder = Path(tempfile.mkdtemp(prefix="exfm-checkpoint-", dir=a.folder))
     try:
@@ -66,9 +66,9 @@ def main(args: list[str], data_dir: str | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     text = markdown(result)
     if a.out:
-        (a.out / "checkpoint.md").write_text(text)
+        (a.out / "checkpoint_speed.md").write_text(text)
         fs, path = open_folder(a.out)
-        commit_json(fs, f"{path}/checkpoint.json", result)
+        commit_json(fs, f"{path}/checkpoint_speed.json", result)
     print(text)
     return 0
 
