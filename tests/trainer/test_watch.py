@@ -101,7 +101,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("dead", [0, 2])
+@pytest.mark.parametrize("dead", [0])
 def test_ranks_leave_soon_after_one_is_killed_and_name_it(dead: int, launch: Callable[..., Launch]) -> None:
     job = launch(3)
     pids = job.until_training()
