@@ -14,7 +14,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -187,19 +187,22 @@ def timed(act: Callable[[], Any]) -> float:
 
 def plain_write(model: Model, path: Path) -> None:
     with open(path, "wb", buffering=0) as f:
-        for tensor in tensors(model):
-            data = layout.bytes_of(tensor)
-            for start in range(0, len(data), CALL_BYTES):
-                f.write(data[start : start + CALL_BYTES])
+        for piece in pieces(model):
+            f.write(piece)
         os.fsync(f.fileno())
 
 
 def plain_read(model: Model, path: Path) -> None:
     with open(path, "rb", buffering=0) as f:
-        for tensor in tensors(model):
-            data = layout.bytes_of(tensor)
-            for start in range(0, len(data), CALL_BYTES):
-                f.readinto(data[start : start + CALL_BYTES])
+        for piece in pieces(model):
+            f.readinto(piece)
+
+
+def pieces(model: Model) -> Iterator[memoryview]:
+    """The memory of all tensors, one call's worth at a time."""
+    for tensor in tensors(model):
+        data = layout.bytes_of(tensor)
+        yield from (data[start : start + CALL_BYTES] for start in range(0, len(data), CALL_BYTES))
 
 
 def tensors(model: Model) -> list[Tensor]:

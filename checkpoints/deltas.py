@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from exfm.checkpoints.canonical import boxes
-from exfm.checkpoints.layout import Chunk, Damaged, Entry
+from exfm.checkpoints.layout import Damaged
 from exfm.checkpoints.reader import Folder
+from exfm.checkpoints.sources import SCALE_BYTES
 
 NAME = re.compile(
     r"(?P<own>delta\.(?P<table>.+)@(?P<row>[0-9]{1,15}),(?P<column>[0-9]{1,15}),(?P<segment>[0-9]{1,15}))\.(?P<kind>\w+)"
@@ -35,16 +36,42 @@ class Patch:
     segment: int
     rows: Tensor
 
+    @property
+    def is_int8(self) -> bool:
+        return f"{self.name}.int8" in self.folder.index
+
     def values(self, kind: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of what it holds: kind is weight or adagrad_sum."""
-        entry = self.folder.index[f"{self.name}.{kind}"]
-        return self.folder.box(entry, entry.chunks[0], first, last - first)
+        """Rows [first, last) of what it holds: kind is weight (of int8 rows, what they stand for) or adagrad_sum."""
+        quantised = kind == "weight" and self.is_int8
+        entry = self.folder.index[f"{self.name}.{'int8' if quantised else kind}"]
+        stored = self.folder.box(entry, entry.chunks[0], first, last - first)
+        return floats(stored) if quantised else stored
 
     @property
     def width(self) -> int:
         """Columns of the table that it covers."""
-        quantised = self.folder.index.get(f"{self.name}.int8")
-        return quantised.shape[1] - 8 if quantised else self.folder.index[f"{self.name}.weight"].shape[1]
+        kind, extra = ("int8", SCALE_BYTES) if self.is_int8 else ("weight", 0)
+        return self.folder.index[f"{self.name}.{kind}"].shape[1] - extra
+
+    def lay_over(self, kind: str, row: int, column: int, box: Tensor) -> None:
+        """Put its rows over a box that begins at (row, column) of the table, as far as they meet."""
+        at, width = (self.column, self.width) if kind == "weight" else (self.segment, 1)
+        left, right = max(at, column), min(at + width, column + box.shape[1])
+        first, last = torch.searchsorted(self.rows, torch.tensor([row, row + len(box)])).tolist()
+        if left >= right:
+            return
+        for start in range(first, last, AT_ONCE):
+            stop = min(start + AT_ONCE, last)
+            values = self.values(kind, start, stop)[:, left - at : right - at]
+            where = (self.rows[start:stop] - row).to(box.device)
+            box[where, left - column : right - column] = values.to(box.device, box.dtype)
+
+
+def floats(rows: Tensor) -> Tensor:
+    """FBGEMM's 8-bit rows [n, w + 8] as fp32 [n, w]."""
+    import fbgemm_gpu  # noqa: F401  (registers the operator)
+
+    return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(rows)
 
 
 def delta_name(table: str, row: int, column: int, segment: int) -> str:
@@ -83,7 +110,9 @@ def _is_whole(patch: Patch, kind: str) -> bool:
     entry, rows = patch.folder.index.get(f"{patch.name}.{kind}"), patch.rows
     if entry is None or len(entry.chunks) != 1 or len(entry.shape) != 2 or entry.shape[0] != len(rows):
         return False
-    typed = entry.dtype == torch.uint8 and entry.shape[1] > 8 if kind == "int8" else entry.dtype.is_floating_point
+    typed = (
+        entry.dtype == torch.uint8 and entry.shape[1] > SCALE_BYTES if kind == "int8" else entry.dtype.is_floating_point
+    )
     ascending = bool((rows[1:] > rows[:-1]).all()) and (not len(rows) or int(rows[0]) >= patch.row)
     return typed and ascending and (kind != "adagrad_sum" or entry.shape[1] == 1)
 
@@ -93,38 +122,17 @@ def _is_inside(patch: Patch, kind: str, base: Folder) -> bool:
     entry, own = base.index.get(f"tables.{patch.table}.{kind}"), patch.folder.index[f"{patch.name}.{kind}"]
     if entry is None or len(entry.shape) != 2 or entry.dtype != own.dtype:
         return False
-    if kind == "adagrad_sum":
-        first = patch.segment
-    else:  # int8 rows have eight bytes more for every column shard
-        first = patch.column + (
-            8 * sum(c.offsets[1] < patch.column for c in _first_row(entry)) if kind == "int8" else 0
-        )
+    # int8 rows have a scale and a bias for every column shard
+    first = patch.segment if kind == "adagrad_sum" else patch.column + SCALE_BYTES * patch.segment * (kind == "int8")
     fits = first + own.shape[1] <= entry.shape[1]
     return fits and (not len(patch.rows) or int(patch.rows[-1]) < entry.shape[0])
-
-
-def _first_row(entry: Entry) -> list[Chunk]:
-    return [c for c in entry.chunks if c.offsets[0] == 0]
 
 
 def apply_delta(folder: Folder, state: dict[str, Tensor], base: Folder) -> None:
     """Put a delta's rows over the tables of `state`, as far as they live on this rank."""
     for patch in patches(folder, base):
-        for kind, column, width in (("weight", patch.column, patch.width), ("adagrad_sum", patch.segment, 1)):
+        for kind in ("weight", "adagrad_sum"):
             tensor = state.get(f"tables.{patch.table}.{kind}")
             if tensor is not None:
-                for offsets, box in boxes(tensor):
-                    _put(patch, kind, column, width, offsets, box)
-
-
-def _put(patch: Patch, kind: str, column: int, width: int, offsets: tuple[int, ...], box: Tensor) -> None:
-    left, right = max(column, offsets[1]), min(column + width, offsets[1] + box.shape[1])
-    if left >= right:
-        return
-    ends = torch.tensor([offsets[0], offsets[0] + len(box)])
-    first, last = torch.searchsorted(patch.rows, ends).tolist()
-    for start in range(first, last, AT_ONCE):
-        stop = min(start + AT_ONCE, last)
-        values = patch.values(kind, start, stop)[:, left - column : right - column]
-        where = (patch.rows[start:stop] - offsets[0]).to(box.device)
-        box[where, left - offsets[1] : right - offsets[1]] = values.to(box.device, box.dtype)
+                for (row, column), box in boxes(tensor):
+                    patch.lay_over(kind, row, column, box)

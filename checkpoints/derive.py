@@ -15,11 +15,10 @@ from exfm.checkpoints.commits import Committed
 from exfm.checkpoints.deltas import Patch, delta_name, patches
 from exfm.checkpoints.layout import Chunk, Entry
 from exfm.checkpoints.reader import Folder
-from exfm.checkpoints.sources import Buffers, Finite, Memory, NotFinite, Quantised, Source, steps
+from exfm.checkpoints.sources import SCALE_BYTES, Buffers, Finite, Memory, Quantised, Source, steps
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import Group, agreed, from_rank_0, make_new
 from exfm.checkpoints.writer import Item, Progress, RankFile, commit_folder, write_file
-from exfm.data.errors import UserError
 
 
 @dataclass
@@ -40,17 +39,9 @@ class Merged:
         for start, stop in steps(self.shape[0] if self.shape else 1, buffers.rows_of(row_bytes)):
             part = self.folder.box(self.entry, self.chunk, start, stop - start)
             for patch in self.patches:
-                self._overlay(patch, start, stop, part)
+                row, column = self.chunk.offsets
+                patch.lay_over(self.kind, row + start, column, part)
             yield part
-
-    def _overlay(self, patch: Patch, start: int, stop: int, part: Tensor) -> None:
-        row, column = self.chunk.offsets
-        at, width = (patch.column, patch.width) if self.kind == "weight" else (patch.segment, 1)
-        left, right = max(at, column), min(at + width, column + part.shape[1])
-        first, last = torch.searchsorted(patch.rows, torch.tensor([row + start, row + stop])).tolist()
-        if left < right and first < last:
-            values = patch.values(self.kind, first, last)[:, left - at : right - at]
-            part[patch.rows[first:last] - row - start, left - column : right - column] = values.to(part.dtype)
 
 
 @dataclass
@@ -123,15 +114,10 @@ def _weights(item: Item, entry: Entry, int8: bool) -> Item:
     source = Finite(item.source, item.name)
     if not int8:
         return Item(item.name, item.shape, item.offsets, source)
-    columns = sorted({c.offsets[1] for c in entry.chunks})
-    before = sum(c.sizes[1] + 8 for c in _one_row(entry) if c.offsets[1] < item.offsets[1])
-    shape = (item.shape[0], item.shape[1] + 8 * len(columns))
-    return Item(item.name.removesuffix("weight") + "int8", shape, (item.offsets[0], before), Quantised(source))
-
-
-def _one_row(entry: Entry) -> list[Chunk]:
-    """The chunks that hold the first row, by column."""
-    return sorted((c for c in entry.chunks if c.offsets[0] == 0), key=lambda c: c.offsets[1])
+    # every column shard's rows are longer by their scale and bias
+    shape = (item.shape[0], item.shape[1] + SCALE_BYTES * len(entry.columns))
+    column = item.offsets[1] + SCALE_BYTES * entry.columns.index(item.offsets[1])
+    return Item(item.name.removesuffix("weight") + "int8", shape, (item.offsets[0], column), Quantised(source))
 
 
 def _touched_items(folders: Sequence[Folder], int8: bool, share: Callable[[int], bool]) -> Iterator[Item]:
@@ -162,7 +148,7 @@ def write_items(
         file: RankFile = agreed(
             lambda: write_file(storage, name, file_name, list(items()), Buffers(2**26), Progress()), group
         )
-    except (UserError, OSError, NotFinite):
+    except Exception:
         from_rank_0(lambda: storage.remove(name), group)  # what was not committed may not fill the disk
         raise
     files: list[Any] = [None] * dist.get_world_size(group)

@@ -140,6 +140,11 @@ class Entry:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
+    @property
+    def columns(self) -> list[int]:
+        """First columns of a table's column shards, ascending."""
+        return sorted({c.offsets[1] for c in self.chunks})
+
 
 Index = dict[str, Entry]
 

@@ -23,13 +23,12 @@ from exfm.checkpoints.config import MIB, CheckpointConfig
 from exfm.checkpoints.deltas import delta_name
 from exfm.checkpoints.derive import compact
 from exfm.checkpoints.keeping import clean
-from exfm.checkpoints.layout import FORMAT, MANIFEST
+from exfm.checkpoints.layout import FORMAT, MANIFEST, read_manifest
 from exfm.checkpoints.sources import Buffers, Copies, Guard, Guarded, Live, Memory, Source
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import Partials, from_rank_0, make_new, new_name
 from exfm.checkpoints.touched import Touched
 from exfm.checkpoints.writer import Key, Progress, ShardWriter, placeholder
-from exfm.data.errors import UserError
 from exfm.sharding.shards import Kernel, Shard
 
 # ranks write for as long as it takes; one that died is noticed at once, one that hangs by the job's watch
@@ -259,8 +258,6 @@ class Saver:
     def _run(self, request: Request, staged: _Staged, begun: float) -> None:
         try:
             self._failure = self._write(request, staged, begun)
-        except Exception as error:
-            self._failure = SaveError(f"cannot save a checkpoint: {error}; the last commit is intact")
         finally:
             for guard in staged.guards:
                 guard.release()
@@ -274,7 +271,7 @@ class Saver:
             found = self._find(name)
             self.base, self.deltas = found, self.deltas + 1 if staged.kind == "delta" else 0
             self._report(found, staged, begun)
-        except (UserError, OSError, CheckpointException) as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             with contextlib.suppress(Exception):  # an unfinished checkpoint must not keep the disk full
                 from_rank_0(lambda: self._abandon(name), self.group)
             where = f"{self.storage.url}/{name}" if name else self.storage.url
@@ -294,7 +291,7 @@ class Saver:
         """Failures are the same on all ranks, so all go on together."""
         try:
             act()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             self.say(f"{what} failed: {cause(error)}; training goes on")
 
     def _new_folder(self, step: int) -> str:
@@ -313,8 +310,8 @@ class Saver:
         self.say(f"compacted {len(links) - 1} deltas into {name}: {size / MIB:,.1f} MiB in {seconds:.2f} s")
 
     def _find(self, name: str) -> Committed:
-        found: Committed = from_rank_0(lambda: next(c for c in committed(self.storage) if c.name == name), self.group)
-        return found
+        manifest = from_rank_0(lambda: read_manifest(self.storage, name), self.group)
+        return Committed(self.storage, name, manifest)
 
     def _abandon(self, name: str) -> None:
         if name and not self.storage.exists(f"{name}/{MANIFEST}"):

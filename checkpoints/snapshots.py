@@ -8,30 +8,20 @@ The manifest points to the commit (`of`) and, where the snapshot holds only rows
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from exfm.checkpoints.canonical import boxes
 from exfm.checkpoints.commits import Committed, chain, committed, listing, nonsense
 from exfm.checkpoints.config import SnapshotConfig
-from exfm.checkpoints.deltas import patches
 from exfm.checkpoints.derive import snapshot_items, write_items
 from exfm.checkpoints.holding import reading
 from exfm.checkpoints.keeping import clean
-from exfm.checkpoints.layout import FORMAT, Damaged
-from exfm.checkpoints.reader import Folder
-from exfm.checkpoints.sources import steps
+from exfm.checkpoints.layout import FORMAT
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import Group, agreed, from_rank_0
+from exfm.checkpoints.view import View
 from exfm.data.errors import UserError
-
-AT_ONCE = 2**18
-
-
-def published(storage: Storage) -> list[Committed]:
-    """Committed snapshots with a good manifest, oldest first."""
-    return committed(storage)
 
 
 def snapshot_name(index: int) -> str:
@@ -45,7 +35,7 @@ def publish(
 
     NotFinite where a weight is NaN or infinite: nothing is published then.
     """
-    links, before = from_rank_0(lambda: (chain(commit, listing(commit.storage)), published(storage)), group)
+    links, before = from_rank_0(lambda: (chain(commit, listing(commit.storage)), committed(storage)), group)
     name = snapshot_name(index)
     before = [s for s in before if s.step < index]
     base = _base(links, before, config)
@@ -103,69 +93,23 @@ def load_snapshot(storage: Storage, name: str, state: dict[str, Tensor]) -> dict
         known = ", ".join(s.name for s in everything) or "none"
         raise UserError(f"{storage.url} has no snapshot {name}; it has {known}")
     with reading(storage, name), nonsense(found):
-        _load([s.open() for s in chain(found, everything)], found.manifest["rows"] == "int8", state)
+        _load(View([s.open() for s in chain(found, everything)]), found.folder, state)
     return found.manifest
 
 
-def _load(folders: Sequence[Folder], int8: bool, state: dict[str, Tensor]) -> None:
-    for key, tensor in state.items():
-        if not key.startswith("tables."):
-            _read_dense(folders[-1], key, tensor)
+def _load(view: View, where: str, state: dict[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        shape, wanted = view.shape(name) if name in view.names else None, tuple(tensor.shape)
+        if shape is None or shape[0:1] != wanted[0:1] or (shape != wanted and not name.startswith("tables.")):
+            raise UserError(f"snapshot {where} has no {name} of shape {wanted}")
+        if shape != wanted:
+            raise UserError(f"snapshot {where} has {name} of width {shape[1]}, the model wants {wanted[1]}")
+        if not shape:
+            tensor.copy_(view.rows(name, 0, 1))
             continue
-        _read_table(folders[0], key.removesuffix(".weight"), tensor)
-    for folder in folders[1:]:
-        for patch in patches(folder, folders[0], ("int8",) if int8 else ("weight",)):
-            live = state.get(f"tables.{patch.table}.weight")
-            if live is not None:
-                name_of = patch.name + (".int8" if int8 else ".weight")
-                _overlay(folder, name_of, patch.rows, patch.column, patch.width, live)
-
-
-def _read_dense(folder: Folder, key: str, tensor: Tensor) -> None:
-    if key not in folder.index or folder.index[key].shape != tuple(tensor.shape):
-        raise UserError(f"snapshot {folder.storage.url}/{folder.folder} has no {key} of shape {tuple(tensor.shape)}")
-    tensor.copy_(folder.tensor(key))
-
-
-def _read_table(folder: Folder, table: str, tensor: Tensor) -> None:
-    int8 = f"{table}.int8" in folder.index
-    name = f"{table}.int8" if int8 else f"{table}.weight"
-    if name not in folder.index or len(folder.index[name].shape) != 2 or folder.index[name].shape[0] != tensor.shape[0]:
-        raise UserError(f"snapshot {folder.storage.url}/{folder.folder} has no {table} of {tensor.shape[0]} rows")
-    entry = folder.index[name]
-    columns = sorted({c.offsets[1] for c in entry.chunks})
-    width = entry.shape[1] - (8 * len(columns) if int8 else 0)
-    if (
-        width != tensor.shape[1]
-        or (int8 and entry.dtype != torch.uint8)
-        or (int8 and min(c.sizes[1] for c in entry.chunks) <= 8)
-    ):
-        raise UserError(
-            f"snapshot {folder.storage.url}/{folder.folder} has {name} of width {width}, the model wants {tensor.shape[1]}"
-        )
-    for chunk in entry.chunks:
-        column = chunk.offsets[1] - (8 * columns.index(chunk.offsets[1]) if int8 else 0)
-        width = chunk.sizes[1] - (8 if int8 else 0)
-        rows = torch.arange(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
-        _overlay(folder, name, rows, column, width, tensor, chunk.offsets)
-
-
-def _overlay(
-    folder: Folder, name: str, rows: Tensor, column: int, width: int, tensor: Tensor, at: tuple[int, ...] = (0, 0)
-) -> None:
-    """Put a saved box, whose rows are the table's `rows`, over what this rank holds of the table."""
-    entry = folder.index[name]
-    chunk = next((c for c in entry.chunks if c.offsets == at), None)
-    if chunk is None:
-        raise Damaged(f"{folder.storage.url}/{folder.folder} lacks a box of {name}")
-    for offsets, box in boxes(tensor):
-        left, right = max(column, offsets[1]), min(column + width, offsets[1] + box.shape[1])
-        first, last = torch.searchsorted(rows, torch.tensor([offsets[0], offsets[0] + len(box)])).tolist()
-        if left >= right:
-            continue
-        for start, stop in steps(last - first, AT_ONCE):
-            values = folder.box(entry, chunk, first + start, stop - start)
-            if name.endswith(".int8"):
-                values = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(values)
-            where = (rows[first + start : first + stop] - offsets[0]).to(box.device)
-            box[where, left - offsets[1] : right - offsets[1]] = values[:, left - column : right - column].to(box)
+        for (row, *inner), box in boxes(tensor):
+            columns = tuple(slice(o, o + s) for o, s in zip(inner, box.shape[1:], strict=True))
+            for first, last in view.parts(name):
+                low, high = max(first, row), min(last, row + len(box))
+                if low < high:
+                    box[low - row : high - row].copy_(view.rows(name, low, high)[(slice(None), *columns)])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 BUFFERS = 4
 HUGE_PAGE_BYTES = 2**21
+SCALE_BYTES = 8  # scale and bias of an 8-bit row
 
 
 class Source(Protocol):
@@ -193,7 +194,7 @@ class Quantised:
     dtype: torch.dtype = field(default=torch.uint8, init=False)
 
     def __post_init__(self) -> None:
-        self.shape = torch.Size((self.source.shape[0], self.source.shape[1] + 8))
+        self.shape = torch.Size((self.source.shape[0], self.source.shape[1] + SCALE_BYTES))
 
     def parts(self, buffers: Buffers) -> Iterator[Tensor]:
         for part in self.source.parts(buffers):

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from exfm.checkpoints.deltas import Patch, patches
+from exfm.checkpoints.deltas import Patch, floats, patches
 from exfm.checkpoints.layout import Chunk, Damaged, Entry
 from exfm.checkpoints.reader import Folder
-from exfm.checkpoints.sources import steps
+from exfm.checkpoints.sources import SCALE_BYTES, steps
 
 PART_BYTES = 2**25
 
@@ -56,7 +56,7 @@ class View:
     def shape(self, name: str) -> tuple[int, ...]:
         _, entry, stored = self._where[name]
         if stored.endswith(".int8"):
-            return (entry.shape[0], entry.shape[1] - 8 * len(_columns(entry)))
+            return (entry.shape[0], entry.shape[1] - SCALE_BYTES * len(entry.columns))
         return entry.shape
 
     def bytes(self, name: str) -> int:
@@ -72,7 +72,7 @@ class View:
         """Rows [first, last), all their columns, in new memory; a tensor without dimensions as one row."""
         folder, entry, stored = self._where[name]
         int8 = stored.endswith(".int8")
-        columns = _columns(entry) if int8 else []
+        columns = entry.columns if int8 else []
         out = torch.empty((last - first, *self.shape(name)[1:]), dtype=self.dtype(name))
         if not entry.shape:
             return out.copy_(folder.box(entry, entry.chunks[0], 0, 1))
@@ -82,18 +82,10 @@ class View:
                 box = folder.box(entry, chunk, low - chunk.offsets[0], high - low)
                 _put(out, low - first, chunk, box, columns)
         if name.startswith("tables."):
-            self._overlay(name, first, last, out, int8)
+            table, kind = name.removeprefix("tables.").rsplit(".", 1)
+            for patch in self._patches.get(table, ()):
+                patch.lay_over(kind, first, 0, out)
         return out
-
-    def _overlay(self, name: str, first: int, last: int, out: Tensor, int8: bool) -> None:
-        table, kind = name.removeprefix("tables.").rsplit(".", 1)
-        for patch in self._patches.get(table, ()):
-            start, stop = torch.searchsorted(patch.rows, torch.tensor([first, last])).tolist()
-            if start < stop:
-                values = patch.values("int8" if int8 else kind, start, stop)
-                values = _floats(values) if int8 else values
-                at = patch.column if kind == "weight" else patch.segment
-                out[patch.rows[start:stop] - first, at : at + values.shape[1]] = values
 
 
 def _is_table(name: str) -> bool:
@@ -102,26 +94,17 @@ def _is_table(name: str) -> bool:
 
 def _check_table(folder: Folder, name: str, entry: Entry) -> None:
     int8 = name.endswith(".int8")
-    if len(entry.shape) != 2 or (int8 and (entry.dtype != torch.uint8 or min(c.sizes[1] for c in entry.chunks) <= 8)):
+    if len(entry.shape) != 2 or (
+        int8 and (entry.dtype != torch.uint8 or min(c.sizes[1] for c in entry.chunks) <= SCALE_BYTES)
+    ):
         raise Damaged(f"{folder.storage.url}/{folder.folder}: {name} is no table")
-
-
-def _columns(entry: Entry) -> list[int]:
-    """First columns of the column shards of int8 rows, which have eight bytes of scale and bias each."""
-    return sorted({c.offsets[1] for c in entry.chunks})
 
 
 def _put(out: Tensor, row: int, chunk: Chunk, box: Tensor, int8_columns: Sequence[int]) -> None:
     if int8_columns:
-        box = _floats(box)
-        column = chunk.offsets[1] - 8 * int8_columns.index(chunk.offsets[1])
+        box = floats(box)
+        column = chunk.offsets[1] - SCALE_BYTES * int8_columns.index(chunk.offsets[1])
         out[row : row + len(box), column : column + box.shape[1]] = box
         return
     inner = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
     out[(slice(row, row + len(box)), *inner)] = box
-
-
-def _floats(rows: Tensor) -> Tensor:
-    import fbgemm_gpu  # noqa: F401  (registers the operator)
-
-    return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(rows)

@@ -1,5 +1,6 @@
 """Fixtures and markers of the whole suite."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,17 @@ def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty folder in a new bucket of that server, with the settings that a user would make for it."""
     set_up_s3(s3_server, monkeypatch)
     return f"{new_bucket()}/run"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB; skipped where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"exfm", str(folder).encode(), b"tmpfs", 0, b"size=3m") != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield folder
+    finally:
+        libc.umount2(str(folder).encode(), 2)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from exfm.checkpoints.canonical import boxes
-from exfm.checkpoints.commits import Committed, nonsense
+from exfm.checkpoints.commits import Committed, committed, nonsense
 from exfm.checkpoints.saver import Request, Saver
-from exfm.checkpoints.snapshots import publish, published, snapshot_name
+from exfm.checkpoints.snapshots import publish, snapshot_name
 from exfm.checkpoints.sources import NotFinite
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import Partials, agreed, from_rank_0, load, load_partials, restore_newest
@@ -150,7 +150,7 @@ class Commits:
 
     def _publish_missing(self, index: int, found: Committed) -> None:
         """The snapshot that a commit was to be published as, where the job died in between."""
-        there = from_rank_0(lambda: any(s.name == snapshot_name(index) for s in published(self._snapshots())))
+        there = from_rank_0(lambda: any(s.name == snapshot_name(index) for s in committed(self._snapshots())))
         if not there and self.config.snapshots is not None:
             self._publish(index, found.manifest["version"], found)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def _convertible(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+@cache
 def versions() -> dict[str, str]:
     """What wrote a checkpoint: libraries, and a digest of exfm's own code."""
     root = Path(__file__).resolve().parents[1]

@@ -1,6 +1,5 @@
 """A save that fails ends the job with a word that names the file; the commit before it stays and leads to the same end."""
 
-import ctypes
 import itertools
 import json
 import os
@@ -9,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +135,6 @@ def assert_same_end(a: Raw, b: Raw, folder: Path, on_ranks: Callable[..., list[s
 
 
 # ------------------------------------------------------------------------------------- full disks
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 3 MiB; skipped where mounting is not allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"exfm", str(folder).encode(), b"tmpfs", 0, b"size=3m") != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield folder
-    finally:
-        libc.umount2(str(folder).encode(), 2)
 
 
 @pytest.mark.parametrize("staging", ["full", "bounded", "copy_on_write"])

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks._kill_jobs import whole_state
 from exfm.checkpoints.commits import committed
-from exfm.checkpoints.snapshots import load_snapshot, published
+from exfm.checkpoints.snapshots import load_snapshot
 from exfm.checkpoints.storage import Storage
 from exfm.trainer.run import DONE, STOPPED
 from tests.trainer.jobs import Raw, job, last_state, make_stream, on, replaced, run, same, scores
@@ -45,7 +45,7 @@ def test_a_job_with_deltas_and_snapshots_in_a_bucket_stops_and_resumes_bitwise(
     assert same(last_state(whole), weights(section["folder"])) == []
     assert scores(whole) == scores(raw)
     assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/snapshots").exists()
-    newest = published(Storage(folders["snapshots"]["folder"]))[-1]
+    newest = committed(Storage(folders["snapshots"]["folder"]))[-1]
     state = {n: torch.zeros_like(t) for n, t in last_state(whole).items() if n.endswith(".weight") and "tables" in n}
     load_snapshot(newest.storage, newest.name, state)
     assert same(state, {n: last_state(whole)[n] for n in state}) == []

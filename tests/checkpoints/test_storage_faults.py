@@ -6,7 +6,6 @@ import random
 import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -37,20 +36,6 @@ def test_a_large_file_goes_up_in_several_parts(proxy):
     proxy.fault = lambda method, path: seen.append(f"{method} {path}") or 0  # type: ignore[func-returns-value]
     Storage(f"{new_bucket()}/run").write("file", cut(noise(3 * PART_BYTES + 1)))
     assert len({s for s in seen if s.startswith("PUT") and "partNumber" in s}) == 4
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 3 MiB; skipped where mounting is not allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"exfm", str(folder).encode(), b"tmpfs", 0, b"size=3m") != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield folder
-    finally:
-        libc.umount2(str(folder).encode(), 2)
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none(small_disk):
