@@ -57,7 +57,9 @@ class Slow:
         self.fail_at, self.trains_on_until = fail_at, trains_on_until
         self.live: dict[int, list[tuple[str, tuple[int, ...], Tensor]]] = {}  # by step, copied when the save began
         self.steps = 0
-        self.moved: list[int] = []  # of each save, steps that were done between its beginning and the end of its writing
+        self.moved: list[
+            int
+        ] = []  # of each save, steps that were done between its beginning and the end of its writing
         self.writing: set[str] = set()
         self.together = 0
 
