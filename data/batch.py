@@ -19,7 +19,7 @@ class Batch(Pipelineable):
     dense [b, d] f32 (missing = 0); sparse: table rows per feature, [f x b] lists; weighted: the same for features with
     per-id weights, or None; labels [b, t] f32, NaN = not observed; weights [b] f32; ids, timestamps, users, rows [b] i64
     (rows: row number in the slice); domain [b] i32, -1 = none; supervision [b, s, t] f32 raw logits and
-    supervision_mask [b, s] bool, or None.
+    supervision_mask [b, s, t] bool, or None.
     """
 
     dense: Tensor

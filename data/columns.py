@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from exfm.data.batch import Batch
+from exfm.data.errors import UserError
 from exfm.data.manifest import column_array
 from exfm.data.schema import Schema
 from exfm.data.writer import check_labels
@@ -45,14 +46,15 @@ class SparseInput:
 
 @dataclass(frozen=True)
 class BatchColumns:
-    """What a job wants of every example. dense: (column, log1p?) in order; supervision: [s][t] column names."""
+    """What a job wants of every example. dense: (column, log1p?) in order; supervision: [s][t] column names, None for a
+    task that a teacher does not have."""
 
     schema: Schema
     dense: tuple[tuple[str, bool], ...]
     sparse: tuple[SparseInput, ...]
     labels: tuple[str, ...]
     domains: tuple[Domain, ...] = ()
-    supervision: tuple[tuple[str, ...], ...] = ()
+    supervision: tuple[tuple[str | None, ...], ...] = ()
     own_domain: str | None = None
 
     def of_features(self) -> tuple[str, ...]:
@@ -75,7 +77,7 @@ def make_batch(table: pa.Table, rows: np.ndarray, size: int, want: BatchColumns,
         domain[want.domains[index].mask(table.column(want.domains[index].column).to_numpy())] = index
     plain = [f for f in want.sparse if f.weights is None]
     weighted = [f for f in want.sparse if f.weights is not None]
-    supervision, mask = _supervision(table, size, want.supervision)
+    supervision, mask = _supervision(table, size, want.supervision, ids, where)
     return Batch(
         dense=_matrix([_dense(table, name, log) for name, log in want.dense], size, 0.0),
         sparse=_jagged(table, plain, ids, size),
@@ -148,16 +150,29 @@ def _jagged(table: pa.Table, features: Sequence[SparseInput], ids: np.ndarray, s
 
 
 def _supervision(
-    table: pa.Table, size: int, columns: tuple[tuple[str, ...], ...]
+    table: pa.Table, size: int, columns: tuple[tuple[str | None, ...], ...], ids: np.ndarray, where: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Logits [b, s, t] and mask [b, s]; a missing column or a null is a missing prediction."""
+    """Logits and mask [b, s, t]; a missing column or a null is a missing prediction."""
     if not columns:
         return None, None
     logits = np.full((size, len(columns), len(columns[0])), np.nan, np.float32)
     for s, names in enumerate(columns):
         for t, name in enumerate(names):
-            if name in table.column_names:
-                logits[: table.num_rows, s, t] = table.column(name).to_numpy()
-    mask = np.isfinite(logits).all(axis=2)
+            if name is not None and name in table.column_names:
+                logits[: table.num_rows, s, t] = _finite(table, name, ids, where)
+    mask = np.isfinite(logits)
     logits[~mask] = 0.0
     return torch.from_numpy(logits), torch.from_numpy(mask)
+
+
+def _finite(table: pa.Table, name: str, ids: np.ndarray, where: str) -> np.ndarray:
+    """A column of predictions, null as NaN. UserError for one that is NaN or infinite."""
+    values = table.column(name).to_numpy()
+    bad = ~np.isfinite(values) & table.column(name).is_valid().to_numpy()
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise UserError(
+            f"{where}: the teacher's '{name.split('/', 1)[-1]}' of example {ids[row]} is {values[row]}; predictions are finite, or null "
+            "where there is none; score the slice again"
+        )
+    return values

@@ -8,7 +8,7 @@ stream/slice=000017/labels/{part-00000.parquet, manifest.json}     same parts, r
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -101,7 +101,11 @@ class Stream:
     def schema_digest(self) -> str:
         return self.schema.digest()
 
-    def manifest(self, index: int, kind: Literal["features", "labels"]) -> SliceManifest | None:
+    def label_kinds(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """The kinds of files that hold the labels of these tasks."""
+        return ("labels",) if tasks else ()
+
+    def manifest(self, index: int, kind: str) -> SliceManifest | None:
         """The slice's manifest of that kind, or None where it has not been committed. UserError if it is wrong."""
         folder = f"{slice_folder(self.root, index)}/{kind}"
         manifest = load_manifest(self.fs, folder)
@@ -116,7 +120,7 @@ class Stream:
             raise UserError(f"{folder} is empty (0 rows); drop the slice or prepare the stream with wider slices")
         return manifest
 
-    def wait(self, index: int, kind: Literal["features", "labels"], wait_s: float) -> SliceManifest:
+    def wait(self, index: int, kind: str, wait_s: float) -> SliceManifest:
         """The manifest, waited for up to wait_s seconds; UserError after that."""
         found = wait_for(lambda: self.manifest(index, kind), wait_s)
         if found is None:

@@ -81,19 +81,19 @@ def open_slice(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    sidecar: Callable[[SliceManifest], AlignedFiles | None] | None = None,
+    sidecars: Callable[[SliceManifest], Sequence[AlignedFiles]] | None = None,
 ) -> SliceReader:
-    """Open one slice for reading. sidecar: called with the features manifest, gives further row-aligned files.
+    """Open one slice for reading. sidecars: called with the features manifest, gives further row-aligned files.
 
     UserError where the slice is missing (after waiting, as configured), damaged or of another schema.
     """
     wait_s = config.wait_s if config.on_missing == "wait" else 0.0
     features = stream.wait(index, "features", wait_s)
     files = [_files(stream, features, columns.of_features())]
-    if columns.labels:
-        files.append(_files(stream, stream.wait(index, "labels", wait_s), columns.labels))
-    if sidecar and (extra := sidecar(features)):
-        files.append(extra)
+    for kind in stream.label_kinds(columns.labels):
+        files.append(_files(stream, stream.wait(index, kind, wait_s), columns.labels))
+    if sidecars:
+        files += sidecars(features)
     source = SliceSource(files, stream.schema.id)
     domain = config.own_domain()
     selected = None if domain is None else np.flatnonzero(domain.mask(source.column(domain.column)))

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
 import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from exfm.data.errors import UserError
 
@@ -25,7 +27,8 @@ class Schema(BaseModel):
     """Columns of a stream.
 
     labels: float32 columns with values 0, 1 or null (not observed). user: the column by which the bootstrap clusters
-    (default: every example is its own cluster). weight: optional float32 column of example weights.
+    (default: every example is its own cluster). weight: optional float32 column of example weights. negative_rates: of
+    each down-sampled task, the share of its negatives that was kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +40,7 @@ class Schema(BaseModel):
     labels: tuple[str, ...]
     dense: tuple[str, ...] = ()
     sparse: tuple[SparseColumn, ...] = ()
+    negative_rates: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -46,6 +50,9 @@ class Schema(BaseModel):
             raise ValueError(f"column(s) {', '.join(twice)} are named twice in the schema")
         if not self.labels:
             raise ValueError("a schema needs at least one label column")
+        for task, rate in self.negative_rates.items():
+            if task not in self.labels or not 0 < rate <= 1:
+                raise ValueError(f"negative_rates {task}: {rate} is no label's rate above 0 and at most 1")
         return self
 
     def feature_types(self) -> dict[str, pa.DataType]:
@@ -64,6 +71,10 @@ class Schema(BaseModel):
     def label_types(self) -> dict[str, pa.DataType]:
         return {name: pa.float32() for name in self.labels}
 
+    def logit_offsets(self, tasks: Sequence[str]) -> tuple[float, ...]:
+        """What is added to true logits to get those of the down-sampled data: -log(rate) for every task."""
+        return tuple(-math.log(self.negative_rates.get(task, 1.0)) + 0.0 for task in tasks)
+
     def sparse_column(self, name: str) -> SparseColumn:
         """The sparse column of that name. UserError if there is none."""
         for column in self.sparse:
@@ -75,7 +86,9 @@ class Schema(BaseModel):
 
     def digest(self) -> str:
         """Hash of the whole schema: two streams with equal digests have interchangeable slices."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
 
 
 def load_schema(path: str | Path) -> Schema:

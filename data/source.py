@@ -1,7 +1,7 @@
 """Decoding a slice: row-aligned files (features, labels, sidecars) read together, one row group at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,8 @@ from exfm.data.schema import check_types
 class AlignedFiles:
     """One kind of files of a slice: the folder, its manifest and the columns wanted of them.
 
-    types: all columns that the files must have; None when the kind has no fixed schema.
+    types: all columns that the files must have; None when the kind has no fixed schema. renamed: columns that have another
+    name in the joined table.
     """
 
     fs: Filesystem
@@ -25,6 +26,7 @@ class AlignedFiles:
     manifest: SliceManifest
     columns: tuple[str, ...]
     types: dict[str, pa.DataType] | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 class SliceSource:
@@ -62,9 +64,9 @@ class SliceSource:
                 f"{self.name(self.files[0], number)}: example ids are not those of the manifest; the file was changed"
             )
         joined = tables[0]
-        for table in tables[1:]:
+        for files, table in zip(self.files[1:], tables[1:], strict=True):
             for column in table.column_names:
-                joined = joined.append_column(column, table.column(column))
+                joined = joined.append_column(files.renamed.get(column, column), table.column(column))
         return joined
 
     def read(self, files: AlignedFiles, number: int, columns: Sequence[str]) -> pa.Table:

@@ -1,6 +1,6 @@
 """Auxiliary head and student adapter (ExFM sections on AH and SA). Pure torch: knows no ranks.
 
-b examples, t tasks, w backbone width.
+b examples, s teachers, t tasks, w backbone width.
 """
 
 from itertools import pairwise
@@ -27,21 +27,29 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class DistillationHeads(nn.Module):
-    """The heads that learn from the teacher and are never served.
+    """The heads that learn from the teachers and are never served, one pair for each of s teachers.
 
-    forward(x [b, w]) -> (y^D, y^D2), logits [b, t]: y^D learns the teacher's prediction (equation 4), y^D2 the adapted one
+    forward(x [b, w]) -> (y^D, y^D2), logits [b, s, t]: y^D learns the teacher's prediction (equation 4), y^D2 the adapted one
     (equation 7; None without a student adapter). Only the backbone's share of their gradient is scaled by beta.
     """
 
     def __init__(self, config: LearnConfig, in_width: int, num_tasks: int) -> None:
         super().__init__()
         self.gradient_scale = config.gradient_scale
-        self.teacher = Head(in_width, config.hidden, num_tasks)
-        self.adapted = Head(in_width, config.hidden, num_tasks) if config.method == "student_adapter" else None
+
+        def heads() -> nn.ModuleList:
+            return nn.ModuleList(Head(in_width, config.hidden, num_tasks) for _ in config.all_teachers)
+
+        self.teacher = heads()
+        self.adapted = heads() if config.method == "student_adapter" else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = _ScaleGradient.apply(x, self.gradient_scale)
-        return self.teacher(x), None if self.adapted is None else self.adapted(x)
+        return _each(self.teacher, x), None if self.adapted is None else _each(self.adapted, x)
+
+
+def _each(heads: nn.ModuleList, x: Tensor) -> Tensor:
+    return torch.stack([head(x) for head in heads], dim=1)
 
 
 class StudentAdapter(nn.Module):

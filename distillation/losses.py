@@ -23,7 +23,7 @@ def teacher_target(teacher_logits: Tensor, label_scale: float) -> Tensor:
 def distillation_loss(logits: Tensor, targets: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """Weighted cross-entropy against soft targets, summed over the examples that have a prediction.
 
-    logits, targets [b, t]; weights [b]; mask [b]: whether the example has a prediction.
+    logits, targets, mask [b, t]: whether the example has a prediction; weights [b].
     """
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (losses * (mask * weights)[:, None]).sum()
+    return (losses * mask * weights[:, None]).sum()

@@ -39,6 +39,7 @@ class Built:
     """The parts of a job's model that the loop and the checkpoints need; dense modules are the unwrapped ones."""
 
     model: nn.Module
+    objective: Objective
     served: Served
     heads: DistillationHeads | None
     adapter: Adapter | None
@@ -57,13 +58,13 @@ class Built:
         return {name: module for name, module in named.items() if module is not None}
 
 
-def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
+def build(config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[float, ...]) -> Built:
     """Build, plan, shard and wrap. Needs an initialised process group. UserError where no plan is possible."""
     served, heads, adapter = build_dense(config, device)
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
         build_collection(config.features, config.tables, weighted=True),
-        Objective(served, heads, adapter, config.distillation.learn),
+        Objective(served, heads, adapter, config.distillation.learn, offsets).to(device),
         tuple(f.name for f in config.features.sparse),
     )
     # set before sharding: FBGEMM takes the optimiser into its backward kernel
@@ -96,7 +97,7 @@ def build(config: JobConfig, env: RankEnv, device: torch.device) -> Built:
         module.objective.heads = wrap(heads, device)
         groups.append(heads)
     optimizers = Optimizers(config.optim, groups, shards)
-    return Built(model, served, heads, adapter, optimizers, kernels, describe(plan))
+    return Built(model, module.objective, served, heads, adapter, optimizers, kernels, describe(plan))
 
 
 def rehearse(built: Built, batch: Batch, device: torch.device) -> None:

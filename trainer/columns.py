@@ -7,12 +7,20 @@ from exfm.embeddings.ids import sparse_inputs
 from exfm.trainer.config import JobConfig
 
 
+def supervision_column(number: int, task: str) -> str:
+    """Where the logits of the student's teacher of that number for the student's task lie beside the features."""
+    return f"{number}/{logit_column(task)}"
+
+
 def batch_columns(config: JobConfig, stream: Stream) -> BatchColumns:
     """What the job reads of every example."""
     learn = config.distillation.learn
-    supervision: tuple[tuple[str, ...], ...] = ()
+    supervision: tuple[tuple[str | None, ...], ...] = ()
     if learn is not None:
-        supervision = (tuple(logit_column(t) for t in config.heads.tasks),)
+        supervision = tuple(
+            tuple(supervision_column(s, task) if teacher.task(task) else None for task in config.heads.tasks)
+            for s, teacher in enumerate(learn.all_teachers)
+        )
     return BatchColumns(
         schema=stream.schema,
         dense=tuple((d.name, d.log1p) for d in config.features.dense),

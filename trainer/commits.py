@@ -96,6 +96,8 @@ class Commits:
         job = self.job
         arrays = {f"metrics/{k}": v.copy() for k, v in job.metrics.state().items()} | random_state(job.device)
         arrays["progress/covered"] = np.array(job.progress.covered)
+        if job.teachers is not None:
+            arrays["progress/teachers"] = job.teachers.sums.copy()
         if job.publisher is not None:
             arrays |= {f"publish/{k}": v for k, v in job.publisher.state().items()}
         if job.env.rank == 0:
@@ -207,6 +209,8 @@ class Commits:
         for arrays in share:
             job.metrics.merge({k: arrays[f"metrics/{k}"] for k in job.metrics.state()})
             p.covered += int(arrays["progress/covered"])
+            if job.teachers is not None:
+                job.teachers.sums += arrays["progress/teachers"]
             if job.publisher is not None:
                 job.publisher.add(arrays["publish/rows"], arrays["publish/logits"])
             if "ledger" in arrays:  # rank 0's, of which there is one

@@ -116,9 +116,8 @@ class JobConfig(BaseModel):
         keep["stream"] = self.stream.model_dump(
             mode="json", include={"first", "global_batch", "shuffle_window", "domains", "domain"}
         )
-        if keep["distillation"]["learn"]:
-            for free in ("supervision", "wait_s", "on_missing"):
-                del keep["distillation"]["learn"][free]
+        if self.distillation.learn is not None:
+            keep["distillation"]["learn"] = self.distillation.learn.identity()
         return keep
 
     def digest(self) -> str:

@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,11 @@ import torch.distributed as dist
 
 from exfm.data.columns import padding
 from exfm.data.commit import commit_json, open_folder
-from exfm.data.errors import UserError
 from exfm.data.hashing import id_sum
 from exfm.data.manifest import Stream, open_stream
 from exfm.data.reader import SliceReader, ahead, open_slice, slices_of
-from exfm.distillation.supervision import SupervisionLog, genesis
+from exfm.distillation.supervision import SupervisionLog
+from exfm.distillation.version import Identity, genesis, next_version, slice_digest
 from exfm.sharding.planner import plan_table
 from exfm.trainer.build import build, rehearse
 from exfm.trainer.columns import batch_columns
@@ -31,6 +30,7 @@ from exfm.trainer.metrics import Metrics, Predictions
 from exfm.trainer.publish import Publisher
 from exfm.trainer.steps import PIPELINES, Feed, HostCopies, Pipeline
 from exfm.trainer.summary import slice_line, write_summary
+from exfm.trainer.teachers import Teachers
 from exfm.trainer.waiting import wait_together
 from exfm.trainer.watch import BUILDING, SAVING, Doing
 
@@ -67,7 +67,8 @@ class Job:
         self.slices = slices_of(self.stream, config.stream)
         self.first_evaluated = self.slices.start + int(np.ceil(config.evaluation.skip * len(self.slices)))
         self.columns = batch_columns(config, self.stream)
-        self.built = build(config, env, device)
+        offsets = self.stream.schema.logit_offsets(config.heads.tasks)
+        self.built = build(config, env, device, offsets)
         rehearse(self.built, padding(self.columns, 1), device)
         self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
         self.commits = Commits(self)
@@ -80,8 +81,9 @@ class Job:
         self.progress = Progress(self.slices.start, 0, 0, genesis(config.digest()), 0, 0, 0.0)
         self.publisher = self._publisher()
         learn = config.distillation.learn
-        # one object for all slices: it remembers the versions that it has checked
-        self.teacher_log = None if learn is None else SupervisionLog(learn.supervision)
+        tasks = config.heads.tasks
+        self.teachers = None if learn is None else Teachers(learn, tasks, self.stream, self.slices.start)
+        self.offsets = np.array(offsets, np.float32)
         self.learned_ids = 0
         self.scored = 0  # position of the next batch whose loss is seen
         self.guard = LossGuard(config.run.spike_factor)
@@ -93,7 +95,8 @@ class Job:
         if publish is None:
             return None
         log = SupervisionLog(str(self.folder / "supervision" / publish.teacher))
-        return Publisher(log, publish.teacher, self.config.heads.tasks, self.config.digest(), self.stream)
+        who = Identity(publish.teacher, self.config.digest(), self.config.heads.tasks, self.slices.start)
+        return Publisher(log, who, self.stream)
 
     # ---------------------------------------------------------------- training
 
@@ -142,29 +145,23 @@ class Job:
     def open(self, index: int) -> SliceReader | None:
         """This rank's reader of a slice, with supervision beside it where the job learns from a teacher; None to stop."""
         self.doing.phase = f"waiting for slice {index}"
-        config, learn = self.config.stream, self.config.distillation.learn
+        config, teachers = self.config.stream, self.teachers
         wait_s = config.wait_s if config.on_missing == "wait" else 0.0
-        kinds: tuple[Literal["features", "labels"], ...] = ("features", "labels")
+        kinds = ("features", *self.stream.label_kinds(self.config.heads.tasks))
         ready = wait_together(lambda: all(self.stream.manifest(index, k) for k in kinds), wait_s, self.should_stop)
         if ready == "stop":
             return None
         for kind in kinds:  # says what is missing where the wait was in vain
             self.stream.wait(index, kind, 0.0)
-        sidecar = None
-        if learn is not None:
+        if teachers is not None:
             self.doing.phase = f"waiting for the supervision of slice {index}"
-            log = self.teacher_log
-            assert log is not None
-            ready = wait_together(lambda: log.manifest(index) is not None, learn.wait_s, self.should_stop)
-            if ready == "stop":
+            if not teachers.wait(index, self.should_stop, self.log.say):
                 return None
-            if ready == "ready" or learn.on_missing == "fail":
-                sidecar = partial(log.open_checked, self.stream, tasks=self.config.heads.tasks)
-            else:
-                self.log.say(f"slice {index}: no supervision after {learn.wait_s:g} s, learning from labels only")
+            self.built.objective.teacher_weights = teachers.weights(index)
         self.doing.phase = f"opening slice {index}"
         seed, rank, world_size = self.config.run.seed, self.env.rank, self.env.world_size
-        return open_slice(self.stream, config, self.columns, index, seed, rank, world_size, sidecar)
+        sidecars = None if teachers is None else teachers.sidecars
+        return open_slice(self.stream, config, self.columns, index, seed, rank, world_size, sidecars)
 
     def _segment(self, reader: SliceReader) -> None:
         """Train from the present position to the next commit point; the pipeline is empty afterwards."""
@@ -221,8 +218,9 @@ class Job:
             self.scored += reader.global_batch
             real = batch.ids.numpy() >= 0
             ids = batch.ids.numpy()[real]
+            scored = logits.numpy()[real]
             predictions = Predictions(
-                logits.numpy()[real],
+                scored + self.offsets,
                 batch.labels.numpy()[real],
                 batch.weights.numpy()[real],
                 batch.domain.numpy()[real],
@@ -230,20 +228,11 @@ class Job:
             )
             self.metrics.add(predictions, self.progress.slice >= self.first_evaluated)
             self.learned_ids = (self.learned_ids + id_sum(ids)) % 2**64
-            if batch.supervision_mask is not None:
-                self._cover(ids, batch.supervision_mask.all(dim=1).numpy()[real])
+            if self.teachers is not None and batch.supervision_mask is not None:
+                found = batch.supervision_mask.numpy()[real]
+                self.progress.covered += self.teachers.cover(ids, found, self.progress.slice)
             if self.publisher is not None:
-                self.publisher.add(batch.rows.numpy()[real], predictions.logits.copy())
-
-    def _cover(self, ids: np.ndarray, found: np.ndarray) -> None:
-        """Count examples with a prediction; UserError for one without where the job must have them all."""
-        learn = self.config.distillation.learn
-        if learn is not None and learn.on_missing == "fail" and not found.all():
-            raise UserError(
-                f"{learn.supervision} has no prediction for example {ids[~found][0]} of slice {self.progress.slice}; score it or "
-                "set distillation.learn.on_missing: label_only"
-            )
-        self.progress.covered += int(found.sum())
+                self.publisher.add(batch.rows.numpy()[real], scored.copy())
 
     def _answer(self, check: Check) -> bool:
         """Whether to stop. BadLoss where any rank's loss was bad."""
@@ -268,12 +257,15 @@ class Job:
 
     def _end_slice(self) -> dict[str, Any]:
         """The merged metrics of the slice, by group and task."""
-        self.doing.phase = f"ending slice {self.progress.slice}"
+        p = self.progress
+        self.doing.phase = f"ending slice {p.slice}"
         metrics = slice_line(self)
         self.metrics.slice[:] = 0
         if self.publisher is not None:
-            self.progress.version = self.publisher.publish(self.progress.slice, self.progress.version)
-        self.progress.slice, self.progress.consumed = self.progress.slice + 1, 0
+            self.publisher.publish(p.slice, p.version, p.slice - 1)
+        digest = slice_digest(self.stream, p.slice, self.config.heads.tasks)
+        p.version = next_version(p.version, self.config.digest(), digest)
+        p.slice, p.consumed = p.slice + 1, 0
         return metrics
 
     # ---------------------------------------------------------------- talk

@@ -49,35 +49,36 @@ class Adapter(nn.Module):
     def __init__(self, config: LearnConfig, num_tasks: int) -> None:
         super().__init__()
         self.fit_first = config.adapter.fit == "current"
-        self.mlp = StudentAdapter(config.adapter.hidden, num_tasks)
+        self.mlps = nn.ModuleList(StudentAdapter(config.adapter.hidden, num_tasks) for _ in config.all_teachers)
         self.optimizer: torch.optim.Optimizer | None = None
 
     def make_optimizer(self, lr: float) -> None:
-        self.optimizer = torch.optim.Adam(self.mlp.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.mlps.parameters(), lr=lr)
 
-    def target(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Detached probabilities [b, t] that the second distillation head learns (Algorithm 1 of ExFM)."""
-        assert batch.supervision is not None
-        logits = batch.supervision[:, 0]
-        if not self.training:
-            return torch.sigmoid(self.mlp(logits)).detach()
-        if self.fit_first:
+    def targets(self, batch: Batch, logits: Tensor, scale: Tensor) -> Tensor:
+        """Detached probabilities [b, s, t] that the adapted heads learn (Algorithm 1 of ExFM) from the teachers' logits [b, s, t]."""
+        if self.training and self.fit_first:
             self._fit(batch, logits, scale)
-            return torch.sigmoid(self.mlp(logits)).detach()
-        target = torch.sigmoid(self.mlp(logits)).detach()
-        self._fit(batch, logits, scale)
-        return target
+        targets = torch.sigmoid(self._adapted(logits)).detach()
+        if self.training and not self.fit_first:
+            self._fit(batch, logits, scale)
+        return targets
+
+    def _adapted(self, logits: Tensor) -> Tensor:
+        return torch.stack([mlp(logits[:, s]) for s, mlp in enumerate(self.mlps)], dim=1)
 
     def _fit(self, batch: Batch, logits: Tensor, scale: Tensor) -> None:
         assert self.optimizer is not None and batch.supervision_mask is not None
         self.optimizer.zero_grad()
-        weights = batch.weights * batch.supervision_mask[:, 0]
-        (label_loss(self.mlp(logits), batch.labels, weights) * scale).backward()
-        gradient = torch.cat([p.grad.view(-1) for p in self.mlp.parameters() if p.grad is not None])
+        loss = torch.zeros((), device=logits.device)
+        for adapted, mask in zip(self._adapted(logits).unbind(1), batch.supervision_mask.unbind(1), strict=True):
+            loss = loss + label_loss(adapted, batch.labels.where(mask, torch.nan), batch.weights)
+        (loss * scale).backward()
+        gradient = torch.cat([p.grad.view(-1) for p in self.mlps.parameters() if p.grad is not None])
         dist.all_reduce(gradient)
         gradient /= dist.get_world_size()
         start = 0
-        for p in self.mlp.parameters():
+        for p in self.mlps.parameters():
             assert p.grad is not None
             p.grad.copy_(gradient[start : start + p.numel()].view_as(p))
             start += p.numel()
@@ -87,14 +88,24 @@ class Adapter(nn.Module):
 class Objective(nn.Module):
     """Loss of this rank's piece of a global batch from pooled embeddings.
 
-    loss = W / (global weight) x sum over local examples of weight x loss; DDP and TorchRec divide gradients by W.
+    loss = W / (global weight) x sum over local examples of weight x loss; DDP and TorchRec divide gradients by W. All logits,
+    the student's and its teachers', are of the true world; `offsets` [t] takes them to the down-sampled data. teacher_weights: factor
+    of every teacher's losses, set for each slice.
     """
 
     def __init__(
-        self, served: nn.Module, heads: nn.Module | None, adapter: Adapter | None, learn: LearnConfig | None
+        self,
+        served: nn.Module,
+        heads: nn.Module | None,
+        adapter: Adapter | None,
+        learn: LearnConfig | None,
+        offsets: tuple[float, ...],
     ) -> None:
         super().__init__()
         self.served, self.heads, self.adapter, self.learn = served, heads, adapter, learn
+        self.offsets: Tensor
+        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
+        self.teacher_weights = tuple(learn.loss_weight * t.weight for t in learn.all_teachers) if learn else ()
 
     def forward(self, batch: Batch, pooled: Tensor) -> tuple[Tensor, StepOutput]:
         logits, x = self.served(batch.dense, pooled)
@@ -102,22 +113,28 @@ class Objective(nn.Module):
         dist.all_reduce(total)
         # a step whose examples all weigh 0 has loss 0
         scale = torch.where(total > 0, dist.get_world_size() / total, 0.0)
-        loss = label_loss(logits, batch.labels, batch.weights)
+        sampled = logits + self.offsets
+        loss = label_loss(sampled, batch.labels, batch.weights)
         if self.learn is not None:
-            loss = loss + self.learn.loss_weight * self._distillation(batch, logits, x, scale)
+            loss = loss + self._distillation(self.learn, batch, sampled, x, scale)
         loss = loss * scale
         return loss, StepOutput(logits.detach(), loss.detach())
 
-    def _distillation(self, batch: Batch, logits: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-        assert self.learn is not None and batch.supervision is not None and batch.supervision_mask is not None
-        mask = batch.supervision_mask[:, 0]
-        target = teacher_target(batch.supervision[:, 0], self.learn.label_scale)
-        if self.heads is None:
-            return distillation_loss(logits, target, batch.weights, mask)
-        by_teacher, by_adapted = self.heads(x)
-        loss = distillation_loss(by_teacher, target, batch.weights, mask)
-        if self.adapter is not None:
-            loss = loss + distillation_loss(by_adapted, self.adapter.target(batch, scale), batch.weights, mask)
+    def _distillation(self, learn: LearnConfig, batch: Batch, logits: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        """Sum over teachers of weight x loss. logits [b, t] of the served head, x [b, w]."""
+        assert batch.supervision is not None and batch.supervision_mask is not None
+        supervision = batch.supervision + self.offsets  # the teachers' logits through the student's own correction
+        by_teacher, by_adapted = (None, None) if self.heads is None else self.heads(x)
+        adapted = None if self.adapter is None else self.adapter.targets(batch, supervision, scale)
+        loss = torch.zeros((), device=x.device)
+        for s, weight in enumerate(self.teacher_weights):
+            mask, target = batch.supervision_mask[:, s], teacher_target(supervision[:, s], learn.label_scale)
+            own = logits if by_teacher is None else by_teacher[:, s]
+            loss = loss + weight * distillation_loss(own, target, batch.weights, mask)
+            if learn.auxiliary_labels:
+                loss = loss + label_loss(own, batch.labels, batch.weights)
+            if adapted is not None and by_adapted is not None:
+                loss = loss + weight * distillation_loss(by_adapted[:, s], adapted[:, s], batch.weights, mask)
         return loss
 
 

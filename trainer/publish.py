@@ -1,5 +1,6 @@
 """A teacher's logged predictions of one slice, brought from the ranks that made them to the ranks that write the parts."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -8,17 +9,15 @@ import torch.distributed as dist
 
 from exfm.data.errors import UserError
 from exfm.data.manifest import SliceManifest, Stream
-from exfm.distillation.supervision import SupervisionLog, next_version, slice_digest, write_supervision_part
+from exfm.distillation.supervision import SupervisionLog, write_supervision_part
+from exfm.distillation.version import Identity
 
 
 class Publisher:
     """Collects logits by row number and commits a slice's supervision. state() travels with mid-slice checkpoints."""
 
-    def __init__(
-        self, log: SupervisionLog, teacher: str, tasks: tuple[str, ...], config_digest: str, stream: Stream
-    ) -> None:
-        self.log, self.teacher, self.tasks = log, teacher, tasks
-        self.config_digest, self.stream = config_digest, stream
+    def __init__(self, log: SupervisionLog, who: Identity, stream: Stream, mode: str = "forward") -> None:
+        self.log, self.who, self.stream, self.mode = log, who, stream, mode
         self.rows: list[np.ndarray] = []
         self.logits: list[np.ndarray] = []
 
@@ -28,27 +27,24 @@ class Publisher:
 
     def state(self) -> dict[str, np.ndarray]:
         rows = np.concatenate(self.rows) if self.rows else np.empty(0, np.int64)
-        logits = np.concatenate(self.logits) if self.logits else np.empty((0, len(self.tasks)), np.float32)
+        logits = np.concatenate(self.logits) if self.logits else np.empty((0, len(self.who.tasks)), np.float32)
         return {"rows": rows, "logits": logits}
 
-    def publish(self, index: int, parent: str) -> str:
-        """Commit slice `index`, scored by version `parent` while it trained on it; the version after it. All ranks call."""
-        version = next_version(parent, self.config_digest, slice_digest(self.stream, index))
+    def publish(self, index: int, scored_by: str, watermark: int) -> None:
+        """Commit slice `index` as scored by that version, which had trained up to slice `watermark`. All ranks call."""
         features = self.stream.manifest(index, "features")
         assert features is not None
         existing = self.log.manifest(index)
         pending = self.state()
         self.rows, self.logits = [], []
-        if existing is not None:
-            if existing.extra["version"] != version:
-                raise UserError(
-                    f"{self.log.folder(index)} already holds supervision of another teacher version; use a new run.folder"
-                )
-            return version  # committed before a restart; students may have read it
-        self._write(features, pending, parent, version)
-        return version
+        if existing is None:
+            self._write(features, pending, scored_by, watermark)
+        elif existing.extra.get("scored_by") != scored_by:
+            raise UserError(
+                f"{self.log.folder(index)} already holds supervision of another teacher version; use a new run.folder"
+            )  # else committed before a restart; students may have read it
 
-    def _write(self, features: SliceManifest, pending: dict[str, np.ndarray], parent: str, version: str) -> None:
+    def _write(self, features: SliceManifest, pending: dict[str, np.ndarray], scored_by: str, watermark: int) -> None:
         ends = np.cumsum([part.rows for part in features.parts])
         rows, logits = exchange(pending["rows"], pending["logits"], ends)
         parts: list[Any] = []
@@ -56,15 +52,15 @@ class Publisher:
             if number % dist.get_world_size() == dist.get_rank():
                 first = int(ends[number]) - part.rows
                 own = (rows >= first) & (rows < ends[number])
-                full = np.full((part.rows, len(self.tasks)), np.nan, np.float32)
+                full = np.full((part.rows, len(self.who.tasks)), np.nan, np.float32)
                 full[rows[own] - first] = logits[own]
                 folder = self.log.folder(features.slice)
-                parts.append((number, write_supervision_part(self.log.fs, folder, part, self.tasks, full)))
+                parts.append((number, write_supervision_part(self.log.fs, folder, part, self.who.tasks, full)))
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, parts)
         if dist.get_rank() == 0:
             ordered = tuple(part for _, part in sorted(p for share in gathered for p in share))
-            self.log.commit(features, ordered, self.teacher, self.tasks, parent, version, self.config_digest)
+            self.log.commit(features, ordered, self.who, self.mode, scored_by, watermark, time.time())
         dist.barrier()
 
 

@@ -79,6 +79,7 @@ def write_summary(job: "Job") -> None:
     for g, group in enumerate(_groups(job)):
         for t, task in enumerate(job.config.heads.tasks):
             groups[group][task]["auc"] = auc(histogram[g, t])
+    supplied = None if job.teachers is None else job.teachers.describe(_merged(job.teachers.sums), p.examples)
     size = job.built.served.size()
     if job.env.rank != 0:
         return
@@ -92,6 +93,7 @@ def write_summary(job: "Job") -> None:
         "examples": p.examples,
         "skipped": sum(e.stop - e.start for e in job.entries if e.skipped),
         "covered": covered,
+        "teachers": supplied,
         "seconds": seconds,
         "examples_per_s": float(p.examples / max(seconds, 1e-9)),
         "world_size": job.env.world_size,

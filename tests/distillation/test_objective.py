@@ -41,7 +41,7 @@ def a_batch(labels: bool = True, masked: tuple[int, ...] = (2, 7)) -> Batch:
     g = torch.Generator().manual_seed(1)
     y = (torch.rand(B, T, generator=g) < 0.4).float()
     y[3, 1] = float("nan")
-    mask = torch.ones(B, 1, dtype=torch.bool)
+    mask = torch.ones(B, 1, T, dtype=torch.bool)
     mask[list(masked)] = False
     whole = torch.arange(B)
     return Batch(
@@ -57,14 +57,14 @@ def a_batch(labels: bool = True, masked: tuple[int, ...] = (2, 7)) -> Batch:
         users=whole,
         rows=whole,
         domain=whole.int(),
-        supervision=torch.randn(B, 1, T, generator=g) * mask[:, :, None],
+        supervision=torch.randn(B, 1, T, generator=g) * mask,
         supervision_mask=mask,
     )
 
 
 def objective(method: str, **settings: Any) -> Objective:
     """The same weights for the same method, whatever the settings."""
-    learn = LearnConfig(supervision="", method=method, **settings)  # type: ignore[arg-type]
+    learn = LearnConfig(supervision="log", method=method, **settings)  # type: ignore[arg-type]
     torch.manual_seed(0)
     served = Toy()
     heads = None if method == "single_head" else DistillationHeads(learn, W, T)
@@ -74,7 +74,7 @@ def objective(method: str, **settings: Any) -> Objective:
         adapter.make_optimizer(learn.adapter.lr)
         for p in adapter.parameters():
             nn.init.normal_(p, std=0.3)
-    return Objective(served, heads, adapter, learn)
+    return Objective(served, heads, adapter, learn, (0.0,) * T)
 
 
 def step(o: Objective, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -97,7 +97,7 @@ def label_part(o: Objective, batch: Batch) -> Tensor:
 
 def soft_part(logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
     assert batch.supervision_mask is not None
-    rows = [i for i in range(B) if batch.supervision_mask[i, 0]]
+    rows = [i for i in range(B) if batch.supervision_mask[i, 0].all()]
     return sum((batch.weights[i] * bce(logits[i], targets[i], reduction="sum") for i in rows), torch.zeros(()))
 
 
@@ -125,7 +125,7 @@ def test_auxiliary_head_learns_the_teacher_and_scales_its_share_of_the_backbone(
     x = beta * x + (1 - beta) * x.detach()
     by_teacher, _ = o.heads.forward(x)
     scale = 1 / batch.weights.sum()
-    soft = 2.0 * soft_part(by_teacher, batch.supervision[:, 0].sigmoid(), batch) * scale
+    soft = 2.0 * soft_part(by_teacher[:, 0], batch.supervision[:, 0].sigmoid(), batch) * scale
     # DistillationHeads scales by beta itself: undo it in this reference
     backbone = torch.autograd.grad(soft, list(o.served.backbone.parameters()), retain_graph=True)
     heads = torch.autograd.grad(soft, list(o.heads.teacher.parameters()))
@@ -177,7 +177,7 @@ def test_student_adapter_follows_algorithm_1(fit):
         hard = torch.zeros(())
         for i in range(B):
             for t in range(T):
-                if batch.supervision_mask[i, 0] and not batch.labels[i, t].isnan():
+                if batch.supervision_mask[i, 0, t] and not batch.labels[i, t].isnan():
                     hard = hard + weights[i] * bce(adapted(mine, logits)[i, t], batch.labels[i, t])
         adam.zero_grad()
         (hard / weights.sum()).backward()
@@ -186,7 +186,8 @@ def test_student_adapter_follows_algorithm_1(fit):
         target = targets[1] if fit == "current" else targets[0]
         _, x = o.served(batch.dense, torch.empty(B, 0))
         first, second = o.heads(x)
-        wanted = label_part(o, batch) + soft_part(first, logits.sigmoid(), batch) + soft_part(second, target, batch)
+        wanted = label_part(o, batch) + soft_part(first[:, 0], logits.sigmoid(), batch)
+        wanted = wanted + soft_part(second[:, 0], target, batch)
         loss, _ = o(batch, torch.empty(B, 0))
         assert loss.item() == pytest.approx((wanted / weights.sum()).item(), rel=1e-5)
         for got, want in zip(o.adapter.parameters(), mine, strict=True):
@@ -224,6 +225,6 @@ def test_a_row_without_a_prediction_learns_from_its_label_alone(method):
 
 
 def test_the_adapter_starts_as_the_identity():
-    learn = LearnConfig(supervision="", method="student_adapter")
+    learn = LearnConfig(supervision="log", method="student_adapter")
     logits = torch.randn(5, T)
-    assert torch.equal(Adapter(learn, T).mlp(logits), logits)
+    assert torch.equal(Adapter(learn, T).mlps[0](logits), logits)

@@ -99,7 +99,9 @@ def test_missing_supervision_is_refused_by_default(ranks, stream, log, tmp_path,
     short = without(log, tmp_path / "fm", (3,))
     raw = student(tmp_path / "run", stream, short, "auxiliary_head")
     if ranks == 1:
-        with pytest.raises(UserError, match="has no supervision for slice 3; run the teacher or set on_missing"):
+        with pytest.raises(
+            UserError, match="slice 3: teacher 'teacher' has no supervision in .*; run the teacher, or set"
+        ):
             run(raw)
         return
     with pytest.raises(AssertionError) as failed:

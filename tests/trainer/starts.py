@@ -28,10 +28,11 @@ def initial_state(raw: Raw) -> dict[str, Tensor]:
     """Everything a job on one rank would train, as it starts, under canonical names."""
     with process_group(here(), CPU, 60):
         config = parsed(raw)
-        built = build(config, here(), CPU)
+        built = build(config, here(), CPU, (0.0,) * len(config.heads.tasks))
         return {k: whole(v) for k, v in canonical_state(built, config, CPU).items()}
 
 
 def built_here(raw: Raw) -> Built:
     """The model of a job on this rank; needs a process group."""
-    return build(parsed(raw), here(), CPU)
+    config = parsed(raw)
+    return build(config, here(), CPU, (0.0,) * len(config.heads.tasks))

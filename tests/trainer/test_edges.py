@@ -69,7 +69,7 @@ def test_a_step_whose_examples_all_weigh_nothing_has_loss_0_and_no_gradient(
     monkeypatch.setattr(objective.dist, "get_world_size", lambda: world_size)
     served = Served()
     batch: Any = Weightless()
-    loss, _ = objective.Objective(served, None, None, None)(batch, torch.empty(4, 0))
+    loss, _ = objective.Objective(served, None, None, None, (0.0,))(batch, torch.empty(4, 0))
     loss.backward()
     assert served.w.grad is not None
     assert loss.item() == 0.0 and served.w.grad.abs().max().item() == 0.0
