@@ -174,8 +174,8 @@ DAMAGE = {
     "another config": (lambda log: edit(log / "slice=000001/manifest.json", config="f" * 64), "mixes teachers"),
     "another teacher": (lambda log: edit(log / "slice=000001/manifest.json", teacher="other"), "mixes teachers"),
     "another first slice": (
-        lambda log: edit(log / "slice=000000/manifest.json", first=-1),
-        "does not follow from|has no",
+        lambda log: edit(log / "slice=000000/manifest.json", first=1),
+        "has no version after slice -1",
     ),
     "no first slice": (lambda log: edit(log / "slice=000001/manifest.json", first=None), "has no proper first"),
     "another slice's manifest": (
