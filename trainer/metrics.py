@@ -125,3 +125,9 @@ def replicate_ne(replicates: F64) -> F64:
     weight, label, _, loss = np.moveaxis(replicates, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (loss / weight) / entropy(label / weight)
+
+
+def replicate_calibration(replicates: F64) -> F64:
+    """Calibration, predictions over labels, of every bootstrap replicate from [r, 4] sums (weight, label, prediction, loss)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(replicates[..., 2] / replicates[..., 1])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from exfm.data.commit import commit_json
 from exfm.data.reader import SliceReader
-from exfm.trainer.metrics import auc, replicate_ne, summarise
+from exfm.trainer.metrics import auc, replicate_calibration, replicate_ne, summarise
 
 if TYPE_CHECKING:
     from exfm.trainer.loop import Job
@@ -70,7 +70,7 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> dict[str, Any]:
 
 
 def write_summary(job: "Job") -> None:
-    """summary.json and bootstrap.npz (NE replicates by group and task) of the evaluated slices; all ranks call."""
+    """summary.json and bootstrap.npz (replicates by group and task) of the evaluated slices; all ranks call."""
     p = job.progress
     total, histogram = _merged(job.metrics.total), _merged(job.metrics.histogram)
     replicates = _merged(job.metrics.replicates)
@@ -103,12 +103,12 @@ def write_summary(job: "Job") -> None:
         "table_parameters": sum(t.rows * t.width for t in job.config.tables.values()),
         "groups": groups,
     }
-    ne: dict[str, Any] = {
-        f"{group}/{task}": replicate_ne(replicates[:, g, t])
-        for g, group in enumerate(_groups(job))
-        for t, task in enumerate(job.config.heads.tasks)
-    }
-    np.savez(f"{root}/bootstrap.npz", **ne)
+    arrays: dict[str, Any] = {}
+    for g, group in enumerate(_groups(job)):
+        for t, task in enumerate(job.config.heads.tasks):
+            arrays[f"{group}/{task}"] = replicate_ne(replicates[:, g, t])
+            arrays[f"{group}/{task}/calibration"] = replicate_calibration(replicates[:, g, t])
+    np.savez(f"{root}/bootstrap.npz", **arrays)
     commit_json(fs, f"{root}/summary.json", summary)
     main = groups["all"][job.config.heads.tasks[0]]
     job.log.say(f"done: {p.examples:,} examples, NE {main['ne']:.4f}, AUC {main['auc']:.4f}, {seconds:.0f} s")
