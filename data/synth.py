@@ -45,7 +45,8 @@ class World:
 
     num_users, num_items: ids of slice 0; `growth` x as many new ones arrive in every later slice. skew: exponent of the
     Zipf law of popularity. drift: radians per slice by which preferences rotate. affinity, history, context: strengths, in
-    logits. num_tasks: 1 (click) or 2 (click, convert).
+    logits. domain_effect, domain_gain: deviations over domains of their main effects, in logits, and of their gains around
+    1. num_tasks: 1 (click) or 2 (click, convert).
     """
 
     num_slices: int = 20
@@ -63,6 +64,8 @@ class World:
     affinity: float = 1.2
     history: float = 1.5
     context: float = 0.5
+    domain_effect: float = 0.3
+    domain_gain: float = 0.7
     max_recent: int = 10
     slice_s: int = 3_600
 
@@ -132,7 +135,8 @@ class World:
     def domain_effects(self) -> tuple[Floats, Floats]:
         """Main effect [domains] and gain [domains, k] of every domain."""
         domains = np.arange(self.num_domains)
-        return 0.3 * self._normal("domain", domains, 1)[:, 0], 1 + 0.7 * self._normal("gain", domains, self.width)
+        effect = self.domain_effect * self._normal("domain", domains, 1)[:, 0]
+        return effect, 1 + self.domain_gain * self._normal("gain", domains, self.width)
 
     def domain(self, examples: Ints) -> Ints:
         """Domain of the examples: domain d has a share in proportion to 1 / (d + 1)."""
