@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,7 +105,8 @@ class Numbers:
 def inspect(url: str) -> dict[str, Any]:
     """Facts of a stream, fit for JSON; one row group at a time is in memory. UserError where it is missing or damaged.
 
-    schema; slices: state (missing, features, labelled), rows, [t0, t1), share of observed labels and label rates; features:
+    schema; slices: state (missing, features, part labelled, labelled), rows, [t0, t1), share of observed labels and label rates,
+    seconds from t1 to the commit of every kind of files; features:
     type, share of nulls, distinct ids, mean list length, mean, std, min, max and share of NaN of numbers.
     """
     stream = open_stream(url)
@@ -141,32 +142,46 @@ def _indices(stream: Stream) -> list[int]:
 
 
 def _slice(stream: Stream, index: int, statistics: dict[str, Ids | Numbers]) -> dict[str, Any]:
-    features, labels = stream.manifest(index, "features"), stream.manifest(index, "labels")
+    features = stream.manifest(index, "features")
     if features is None:
         return {"slice": index, "state": "missing", "rows": 0}
     for table in _groups(stream, features, tuple(statistics)):
         for name, column in statistics.items():
             column.add(column_array(table, name))
     found = {"slice": index, "rows": features.rows, "t0": features.t0, "t1": features.t1}
-    if labels is None:
-        return found | {"state": "features"}
+    kinds = stream.label_kinds(stream.schema.labels)
+    committed = [m for m in (stream.manifest(index, kind) for kind in kinds) if m is not None]
+    lag = {m.kind: m.extra["at"] - m.t1 for m in (features, *committed) if "at" in m.extra}
+    if not committed:
+        return found | {"state": "features", "lag_s": lag}
+    rates: dict[str, dict[str, float | None]] = {}
+    extra: dict[str, Any] = {}
+    for labels in committed:
+        rates |= _rates(stream, features, labels)
+        extra |= {key: value for key, value in labels.extra.items() if key != "at"}
+    state = "labelled" if len(committed) == len(kinds) else "part labelled"
+    rates = {task: rates[task] for task in stream.schema.labels if task in rates}
+    return found | {"state": state, "labels": rates, "extra": extra, "lag_s": lag}
+
+
+def _rates(stream: Stream, features: SliceManifest, labels: SliceManifest) -> dict[str, dict[str, float | None]]:
+    """Of every task of one kind of label files: share of observed labels and share of positives among them."""
     if labels.row_groups != features.row_groups:
         raise UserError(
-            f"{slice_folder(stream.root, index)}: labels are not of these features; prepare the slice again"
+            f"{slice_folder(stream.root, features.slice)}: {labels.kind} are not of these features; prepare the slice again"
         )
-    sums = {name: np.zeros(2) for name in stream.schema.labels}
-    for table in _groups(stream, labels, stream.schema.labels):
+    tasks = tuple(stream.types(labels.kind))
+    sums = {name: np.zeros(2) for name in tasks}
+    for table in _groups(stream, labels, tasks):
         for name, total in sums.items():
             values = table.column(name).to_numpy()
             total += [np.isfinite(values).sum(), np.nansum(values)]
-    rates = {n: {"observed": o / labels.rows, "rate": p / o if o else None} for n, (o, p) in sums.items()}
-    return found | {"state": "labelled", "labels": rates, "extra": labels.extra}
+    return {n: {"observed": o / labels.rows, "rate": p / o if o else None} for n, (o, p) in sums.items()}
 
 
 def _groups(stream: Stream, manifest: SliceManifest, columns: tuple[str, ...]) -> Iterator[pa.Table]:
-    kind: Literal["features", "labels"] = "features" if manifest.kind == "features" else "labels"
-    types = stream.schema.feature_types() if kind == "features" else stream.schema.label_types()
-    files = AlignedFiles(stream.fs, f"{slice_folder(stream.root, manifest.slice)}/{kind}", manifest, columns, types)
+    folder = f"{slice_folder(stream.root, manifest.slice)}/{manifest.kind}"
+    files = AlignedFiles(stream.fs, folder, manifest, columns, stream.types(manifest.kind))
     source = SliceSource([files], stream.schema.id)
     return (source.read(files, number, columns) for number in range(source.num_groups))
 

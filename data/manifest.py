@@ -3,10 +3,14 @@
 stream/stream.json
 stream/slice=000017/features/{part-00000.parquet, manifest.json}
 stream/slice=000017/labels/{part-00000.parquet, manifest.json}     same parts, row groups and row order
+
+Tasks with different label windows have a folder for each window (labels.600s), so that those who need only the early ones do not
+wait. A joiner that amends labels writes the later generation beside the first (labels.600s.amended).
 """
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +29,8 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 POLL_S = 0.2
+AMENDED = ".amended"
+Generation = Literal["first", "amended"]
 
 
 class RowGroup(BaseModel):
@@ -43,10 +49,10 @@ class Part(BaseModel):
 
 
 class SliceManifest(BaseModel):
-    """One committed kind of files of a slice; [t0, t1) in Unix seconds."""
+    """One committed kind of files of a slice; [t0, t1) in Unix seconds. extra["at"]: when it was committed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["features", "labels", "supervision"]
+    kind: str = Field(pattern=rf"^(features|supervision|labels(\.\d+s)?({re.escape(AMENDED)})?)$")
     stream: str
     schema_digest: str
     slice: int
@@ -77,7 +83,7 @@ def slice_folder(root: str, index: int) -> str:
 
 
 class StreamInfo(BaseModel):
-    """stream.json. num_slices is None while the stream is still growing."""
+    """stream.json. num_slices is None while the stream is still growing; extra["join"]: how a joiner makes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stream_schema: Schema
@@ -87,11 +93,12 @@ class StreamInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Stream:
-    """A prepared stream, opened for reading."""
+    """A prepared stream, opened for reading. generation: of the labels, where late ones amend them."""
 
     fs: Filesystem
     root: str
     info: StreamInfo
+    generation: Generation = "first"
 
     @property
     def schema(self) -> Schema:
@@ -102,8 +109,23 @@ class Stream:
         return self.schema.digest()
 
     def label_kinds(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """The kinds of files that hold the labels of these tasks."""
-        return ("labels",) if tasks else ()
+        """The kinds of files that hold the labels of these tasks, of the generation in use."""
+        suffix = AMENDED if self.generation == "amended" else ""
+        files = self.schema.label_files()
+        if len(files) > 1 and (unknown := [t for t in tasks if t not in self.schema.labels]):
+            raise UserError(
+                f"stream '{self.schema.name}' has no label(s) {', '.join(unknown)}; it has {', '.join(self.schema.labels)}"
+            )
+        if len(files) == 1:
+            return tuple(kind + suffix for kind in files) if tasks else ()
+        return tuple(kind + suffix for kind, own in files.items() if any(t in own for t in tasks))
+
+    def types(self, kind: str) -> dict[str, pa.DataType]:
+        """Arrow type of every column of one kind of files."""
+        if kind == "features":
+            return self.schema.feature_types()
+        types = self.schema.label_types()
+        return {task: types[task] for task in self.schema.label_files()[kind.removesuffix(AMENDED)]}
 
     def manifest(self, index: int, kind: str) -> SliceManifest | None:
         """The slice's manifest of that kind, or None where it has not been committed. UserError if it is wrong."""
@@ -148,8 +170,8 @@ def wait_for(look: Callable[[], T | None], wait_s: float) -> T | None:
     return found
 
 
-def open_stream(url: str) -> Stream:
-    """Open a prepared stream. UserError where there is none."""
+def open_stream(url: str, generation: Generation = "first") -> Stream:
+    """Open a prepared stream. UserError where there is none, or it has no labels of that generation."""
     fs, root = open_folder(url)
     try:
         info = StreamInfo.model_validate(read_json(fs, f"{root}/stream.json"))
@@ -159,7 +181,11 @@ def open_stream(url: str) -> Stream:
         ) from None
     except ValueError as error:
         raise UserError(f"{root}/stream.json is damaged: {error}") from None
-    return Stream(fs, root, info)
+    if generation == "amended" and not info.extra.get("join", {}).get("amend_s"):
+        raise UserError(
+            f"stream.labels is amended, but {root} has first labels only: its joiner does not amend; set stream.labels: first"
+        )
+    return Stream(fs, root, info, generation)
 
 
 def commit_stream(url: str, schema: Schema, num_slices: int | None, extra: dict[str, Any] | None = None) -> Stream:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from exfm.data.batch import Batch
 from exfm.data.columns import BatchColumns, Domain, make_batch
 from exfm.data.errors import UserError
-from exfm.data.manifest import SliceManifest, Stream, slice_folder
+from exfm.data.manifest import Generation, SliceManifest, Stream, slice_folder
 from exfm.data.order import Piece, SliceOrder, pieces
 from exfm.data.source import AlignedFiles, SliceSource
 
@@ -30,6 +30,7 @@ class StreamConfig(BaseModel):
     shuffle_window: int = Field(0, ge=0, description="rows permuted together; 0 keeps the order of time")
     domains: tuple[Domain, ...] = Field((), description="named parts of the traffic, the first match counts")
     domain: str | None = Field(None, description="train only on this domain")
+    labels: Generation = Field("first", description="labels as the window closed, or amended by late ones")
     on_missing: Literal["wait", "refuse"] = "refuse"
     wait_s: float = Field(600.0, ge=0, description="how long a missing slice is waited for with on_missing: wait")
     prefetch: int = Field(4, ge=0, description="batches decoded ahead; 0 decodes in the training thread")
@@ -91,7 +92,8 @@ def open_slice(
     features = stream.wait(index, "features", wait_s)
     files = [_files(stream, features, columns.of_features())]
     for kind in stream.label_kinds(columns.labels):
-        files.append(_files(stream, stream.wait(index, kind, wait_s), columns.labels))
+        own = [task for task in columns.labels if task in stream.types(kind)]
+        files.append(_files(stream, stream.wait(index, kind, wait_s), own))
     if sidecars:
         files += sidecars(features)
     source = SliceSource(files, stream.schema.id)
@@ -103,9 +105,7 @@ def open_slice(
 
 def _files(stream: Stream, manifest: SliceManifest, columns: Sequence[str]) -> AlignedFiles:
     folder = f"{slice_folder(stream.root, manifest.slice)}/{manifest.kind}"
-    schema = stream.schema
-    types = schema.feature_types() if manifest.kind == "features" else schema.label_types()
-    return AlignedFiles(stream.fs, folder, manifest, tuple(columns), types)
+    return AlignedFiles(stream.fs, folder, manifest, tuple(columns), stream.types(manifest.kind))
 
 
 def slices_of(stream: Stream, config: StreamConfig) -> range:

@@ -28,7 +28,8 @@ class Schema(BaseModel):
 
     labels: float32 columns with values 0, 1 or null (not observed). user: the column by which the bootstrap clusters
     (default: every example is its own cluster). weight: optional float32 column of example weights. negative_rates: of
-    each down-sampled task, the share of its negatives that was kept.
+    each down-sampled task, the share of its negatives that was kept. label_windows: of each task, the seconds after an
+    example at which its label is settled (default 0: with the features).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class Schema(BaseModel):
     dense: tuple[str, ...] = ()
     sparse: tuple[SparseColumn, ...] = ()
     negative_rates: dict[str, float] = Field(default_factory=dict)
+    label_windows: dict[str, int] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -53,6 +55,9 @@ class Schema(BaseModel):
         for task, rate in self.negative_rates.items():
             if task not in self.labels or not 0 < rate <= 1:
                 raise ValueError(f"negative_rates {task}: {rate} is no label's rate above 0 and at most 1")
+        for task, window_s in self.label_windows.items():
+            if task not in self.labels or window_s < 0:
+                raise ValueError(f"label_windows {task}: {window_s} is no label's window of at least 0 seconds")
         return self
 
     def feature_types(self) -> dict[str, pa.DataType]:
@@ -70,6 +75,16 @@ class Schema(BaseModel):
 
     def label_types(self) -> dict[str, pa.DataType]:
         return {name: pa.float32() for name in self.labels}
+
+    def label_window_s(self, task: str) -> int:
+        return self.label_windows.get(task, 0)
+
+    def label_files(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of label files and the tasks in each: one kind per window, by rising window; "labels" if there is one."""
+        windows = sorted({self.label_window_s(task) for task in self.labels})
+        if len(windows) == 1:
+            return {"labels": self.labels}
+        return {f"labels.{w}s": tuple(t for t in self.labels if self.label_window_s(t) == w) for w in windows}
 
     def logit_offsets(self, tasks: Sequence[str]) -> tuple[float, ...]:
         """What is added to true logits to get those of the down-sampled data: -log(rate) for every task."""

@@ -1,7 +1,7 @@
 """Writing slices: features and labels as row-aligned Parquet, each committed by its manifest."""
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from exfm.data.clock import Clock, RealClock
 from exfm.data.commit import Filesystem, commit_json, sha256_of
 from exfm.data.errors import UserError
 from exfm.data.manifest import MANIFEST, Part, RowGroup, SliceManifest, Stream, digest_ids, slice_folder
@@ -23,20 +24,26 @@ def check_slice(table: pa.Table, schema: Schema, where: str) -> None:
     check_types(table.schema, schema.feature_types() | schema.label_types(), where)
     if table.num_rows == 0:
         raise UserError(f"{where} is empty (0 rows); use fewer or wider slices")
+    check_features(table, schema, where)
+    ids = table.column(schema.id).to_numpy()
+    check_labels(table, schema.labels, ids, where)
+    steps = np.diff(table.column(schema.timestamp).to_numpy())
+    if (steps < 0).any():
+        row = int(np.argmax(steps < 0)) + 1
+        raise UserError(f"{where}: row {row} (example {ids[row]}) is earlier than the row before it; sort by timestamp")
+
+
+def check_features(table: pa.Table, schema: Schema, where: str) -> None:
+    """Refuse feature rows, in any order, that a job could not train on. UserError says what, where and which example."""
     for name in filter(None, (schema.id, schema.timestamp, schema.user, schema.weight)):
         if table.column(name).null_count:
             raise UserError(f"{where}: column '{name}' has {table.column(name).null_count} nulls, none are allowed")
     ids = table.column(schema.id).to_numpy()
-    check_labels(table, schema.labels, ids, where)
     _check_numbers(table, schema, ids, where)
     _check_lists(table, schema, where)
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         raise UserError(f"{where}: example id {values[counts > 1][0]} occurs more than once; ids must be unique")
-    steps = np.diff(table.column(schema.timestamp).to_numpy())
-    if (steps < 0).any():
-        row = int(np.argmax(steps < 0)) + 1
-        raise UserError(f"{where}: row {row} (example {ids[row]}) is earlier than the row before it; sort by timestamp")
 
 
 def _check_numbers(table: pa.Table, schema: Schema, ids: np.ndarray, where: str) -> None:
@@ -91,25 +98,37 @@ def write_slice(
 ) -> None:
     """Write and commit features and labels of one slice; rows sorted by timestamp, [t0, t1) in Unix seconds.
 
-    An already committed slice is refused (UserError): what a job may have read is never replaced.
+    extra: further facts for the labels manifests. An already committed slice is refused (UserError): what a job may have read is
+    never replaced.
     """
-    schema = stream.schema
-    check_slice(table, schema, f"slice {index}")
-    ids = table.column(schema.id).to_numpy()
+    check_slice(table, stream.schema, f"slice {index}")
+    ids = table.column(stream.schema.id).to_numpy()
     if stream.manifest(index, "features") is not None:
         raise UserError(f"slice {index} of {stream.root} is already committed; use an empty folder")
-    columns: dict[Literal["features", "labels"], list[str]] = {
-        "features": list(schema.feature_types()),
-        "labels": list(schema.label_types()),
-    }
-    for kind, names in columns.items():
-        folder = f"{slice_folder(stream.root, index)}/{kind}"
-        parts = write_parts(stream.fs, folder, table.select(names), ids)
-        manifest = SliceManifest(
-            kind=kind, stream=schema.name, schema_digest=stream.schema_digest, slice=index, t0=t0, t1=t1,
-            rows=table.num_rows, parts=parts, extra=extra or {} if kind == "labels" else {},
-        )  # fmt: skip
-        commit_json(stream.fs, f"{folder}/{MANIFEST}", manifest.model_dump())
+    for kind in ("features", *stream.schema.label_files()):
+        write_kind(stream, index, kind, t0, t1, table, ids, None if kind == "features" else extra)
+
+
+def write_kind(
+    stream: Stream,
+    index: int,
+    kind: str,
+    t0: int,
+    t1: int,
+    table: pa.Table,
+    ids: np.ndarray,
+    extra: dict[str, Any] | None = None,
+    clock: Clock | None = None,
+) -> SliceManifest:
+    """Write and commit one kind of files of a slice, from the columns of `table` that belong there. ids [rows]."""
+    folder = f"{slice_folder(stream.root, index)}/{kind}"
+    parts = write_parts(stream.fs, folder, table.select(list(stream.types(kind))), ids)
+    manifest = SliceManifest(
+        kind=kind, stream=stream.schema.name, schema_digest=stream.schema_digest, slice=index, t0=t0, t1=t1,
+        rows=table.num_rows, parts=parts, extra=(extra or {}) | {"at": (clock or RealClock()).now()},
+    )  # fmt: skip
+    commit_json(stream.fs, f"{folder}/{MANIFEST}", manifest.model_dump())
+    return manifest
 
 
 def write_parts(fs: Filesystem, folder: str, table: pa.Table, ids: np.ndarray) -> tuple[Part, ...]:

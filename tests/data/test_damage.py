@@ -29,9 +29,9 @@ def stream(tmp_path, monkeypatch) -> Stream:
     return write_small(tmp_path / "s", (100, 100))
 
 
-def read(stream: Stream, index: int = 0, sidecar=None, **config) -> int:
+def read(stream: Stream, index: int = 0, sidecars=None, **config) -> int:
     opened = open_slice(
-        open_stream(stream.root), StreamConfig(path=stream.root, **config), COLUMNS, index, 0, sidecar=sidecar
+        open_stream(stream.root), StreamConfig(path=stream.root, **config), COLUMNS, index, 0, sidecars=sidecars
     )
     return sum(len(batch) for batch in opened.batches())
 
@@ -167,7 +167,7 @@ def test_files_of_another_slice_are_refused(stream):
     other = stream.wait(1, "labels", 0)
     sidecar = AlignedFiles(stream.fs, f"{root}/slice=000001/labels", other, ("click",), SCHEMA.label_types())
     with pytest.raises(UserError, match=r"slice=000001/labels does not belong to .*slice=000000/features"):
-        read(stream, 0, sidecar=lambda features: sidecar)
+        read(stream, 0, sidecars=lambda features: [sidecar])
     shutil.rmtree(root / "slice=000000/labels")
     shutil.copytree(root / "slice=000001/labels", root / "slice=000000/labels")
     with pytest.raises(UserError, match=r"is of stream 'small' slice 1 .*slice 0 \(labels"):
