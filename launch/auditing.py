@@ -21,7 +21,7 @@ def audit_run(run: Path) -> dict[str, Any]:
     found = committed(config.checkpoint.folder or run / "checkpoints")
     if not found:
         raise UserError(f"{run} has no committed checkpoint yet; nothing to audit")
-    stream = open_stream(config.stream.path)
+    stream = open_stream(config.stream.path, config.stream.labels)
     columns = batch_columns(config, stream)
     fs, root = open_folder(run)
     entries = read_ledger(fs, f"{root}/ledger.parquet")[: found[-1].manifest["ledger_entries"]]

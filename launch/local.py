@@ -57,7 +57,7 @@ class LocalJob:
         if self.max_restarts < 0:
             raise UserError(f"--max-restarts is {self.max_restarts}; use 0 or more")
         check_ranks(self.job, self.nproc)
-        check_against_stream(self.job, open_stream(self.job.stream.path))
+        check_against_stream(self.job, open_stream(self.job.stream.path, self.job.stream.labels))
         Storage(self.job.checkpoint_folder, self.job.checkpoint.retries).check()
         if found := committed(self.job.checkpoint_folder):
             check_identity(found[-1], self.job)
