@@ -5,6 +5,7 @@
 The manifest points to the commit (`of`) and, where the snapshot holds only rows touched since the one before, to that (`base`).
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,18 @@ from exfm.data.errors import UserError
 
 def snapshot_name(index: int) -> str:
     return f"slice={index:06d}"
+
+
+def refuse(storage: Storage, index: int, why: str) -> None:
+    """Leave word that slice `index` gets no snapshot, so that nobody waits for it."""
+    storage.make()
+    storage.commit(f"{snapshot_name(index)}.refused.json", json.dumps({"why": why}).encode())
+
+
+def refused(storage: Storage, index: int) -> str:
+    """Why slice `index` got no snapshot; "" where that is not known."""
+    path = f"{snapshot_name(index)}.refused.json"
+    return str(json.loads(storage.read(path))["why"]) if storage.exists(path) else ""
 
 
 def publish(
@@ -82,10 +95,11 @@ def _base(links: Sequence[Committed], before: Sequence[Committed], config: Snaps
     return before[-1] if alike else None
 
 
-def load_snapshot(storage: Storage, name: str, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Read a snapshot, and those it rests on, into live `tables.<n>.weight` and `dense.served.*`; its manifest.
+def load_snapshot(storage: Storage, name: str, state: dict[str, Tensor], held: Committed | None = None) -> Committed:
+    """Read a snapshot, and those it rests on, into live `tables.<n>.weight` and `dense.served.*`, in place.
 
-    UserError for tensors that it lacks or has otherwise; Damaged for files that are not what was published.
+    held: the snapshot that `state` holds; where the new one rests on it, only what changed since is read. UserError for
+    tensors that it lacks or has otherwise; Damaged for files that are not what was published.
     """
     everything = listing(storage)
     found = next((s for s in everything if s.name == name), None)
@@ -93,8 +107,24 @@ def load_snapshot(storage: Storage, name: str, state: dict[str, Tensor]) -> dict
         known = ", ".join(s.name for s in everything) or "none"
         raise UserError(f"{storage.url} has no snapshot {name}; it has {known}")
     with reading(storage, name), nonsense(found):
-        _load(View([s.open() for s in chain(found, everything)]), found.folder, state)
-    return found.manifest
+        links = chain(found, everything)
+        known_sums = [c.manifest["sum"] for c in links]
+        if held is not None and held.manifest["sum"] in known_sums:
+            newer = links[known_sums.index(held.manifest["sum"]) + 1 :]
+            _advance(View([c.open() for c in (links[0], *newer)]), found.folder, state)
+        else:
+            _load(View([c.open() for c in links]), found.folder, state)
+    return found
+
+
+def _advance(view: View, where: str, state: dict[str, Tensor]) -> None:
+    """Put the rows of a view's deltas over live tables, and read the dense part anew."""
+    dense = {name: tensor for name, tensor in state.items() if not name.startswith("tables.")}
+    _load(view, where, dense)
+    for name, tensor in state.items():
+        if name not in dense:
+            for (row, column), box in boxes(tensor):
+                view.lay_over(name, row, column, box)
 
 
 def _load(view: View, where: str, state: dict[str, Tensor]) -> None:

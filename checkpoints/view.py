@@ -82,10 +82,14 @@ class View:
                 box = folder.box(entry, chunk, low - chunk.offsets[0], high - low)
                 _put(out, low - first, chunk, box, columns)
         if name.startswith("tables."):
-            table, kind = name.removeprefix("tables.").rsplit(".", 1)
-            for patch in self._patches.get(table, ()):
-                patch.lay_over(kind, first, 0, out)
+            self.lay_over(name, first, 0, out)
         return out
+
+    def lay_over(self, name: str, row: int, column: int, box: Tensor) -> None:
+        """Put the rows of the chain's deltas over a box that begins at (row, column) of a table's tensor."""
+        table, kind = name.removeprefix("tables.").rsplit(".", 1)
+        for patch in self._patches.get(table, ()):
+            patch.lay_over(kind, row, column, box)
 
 
 def _is_table(name: str) -> bool:

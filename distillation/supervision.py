@@ -66,6 +66,24 @@ class SupervisionLog:
     def manifest(self, index: int) -> SliceManifest | None:
         return load_manifest(self.fs, self.folder(index))
 
+    def slices(self) -> list[int]:
+        """Committed slices, ascending."""
+        found = (path.rsplit("=", 1)[1] for path in self.fs.glob(f"{self.root}/slice=*/{MANIFEST}"))
+        return sorted(int(number.split("/", 1)[0]) for number in found)
+
+    def expire(self, before: float) -> list[int]:
+        """Remove slices that were committed before that time, but never the newest; those removed."""
+        removed = []
+        for index in self.slices()[:-1]:
+            manifest = self.manifest(index)
+            if manifest is None or manifest.extra.get("at", before) >= before:
+                break
+            # without a manifest a slice does not exist
+            self.fs.rm_file(f"{self.folder(index)}/{MANIFEST}")
+            self.fs.rm(self.folder(index), recursive=True)
+            removed.append(index)
+        return removed
+
     def commit(
         self, features: SliceManifest, parts: tuple[Part, ...], who: Identity, mode: str, scored_by: str, watermark: int, at: float
     ) -> None:  # fmt: skip

@@ -6,9 +6,9 @@ import sys
 from typing import NoReturn
 
 from exfm.data.errors import UserError
-from exfm.trainer.config import JobConfig, load_config
 from exfm.trainer.env import rank_env
 from exfm.trainer.run import WRONG_INPUT, rank_main
+from exfm.trainer.score_config import load_any
 
 
 def main() -> int:
@@ -17,13 +17,14 @@ def main() -> int:
     )
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--follow", action="store_true", help="of a scorer: wait for what is not there yet")
     arguments = parser.parse_args()
     try:
-        config = load_config(arguments.config, arguments.sets, JobConfig)
+        config = load_any(arguments.config, arguments.sets)
     except UserError as error:
         print(f"exfm: {error}", file=sys.stderr)
         return WRONG_INPUT
-    return rank_main(config, rank_env())
+    return rank_main(config, rank_env(), arguments.follow)
 
 
 def leave(code: int) -> NoReturn:

@@ -25,7 +25,7 @@ from exfm.sharding.planner import TableSharder, describe, plan_tables
 from exfm.sharding.shards import Kernel, Shard, check_shards, local_kernels
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
-from exfm.trainer.objective import Adapter, Objective, Served, TrainModule
+from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
 
 T = TypeVar("T")
@@ -61,12 +61,55 @@ class Built:
 def build(config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[float, ...]) -> Built:
     """Build, plan, shard and wrap. Needs an initialised process group. UserError where no plan is possible."""
     served, heads, adapter = build_dense(config, device)
+    objective = Objective(served, heads, adapter, config.distillation.learn, offsets).to(device)
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
         build_collection(config.features, config.tables, weighted=True),
-        Objective(served, heads, adapter, config.distillation.learn, offsets).to(device),
+        objective,
         tuple(f.name for f in config.features.sparse),
     )
+    model, kernels, plan = shard_tables(module, config, env, device)
+    shards = [shard for kernel in kernels for shard in kernel.shards]
+    for shard in shards:
+        fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
+    # the dense engine comes after the tables are sharded: it must not see their parameters
+    wrap = DENSE_ENGINES[config.dense_engine.kind]
+    objective.served = wrap(served, device)
+    groups: list[nn.Module] = [served]
+    if heads is not None:
+        objective.heads = wrap(heads, device) if env.world_size > 1 else heads
+        groups.append(heads)
+    optimizers = Optimizers(config.optim, groups, shards)
+    return Built(model, objective, served, heads, adapter, optimizers, kernels, plan)
+
+
+@dataclass
+class Scoring:
+    """The parts of a frozen model that a scorer needs."""
+
+    model: nn.Module
+    served: Served
+    shards: list[Shard]
+    plan: list[dict[str, Any]]
+
+
+def build_scoring(config: JobConfig, env: RankEnv, device: torch.device) -> Scoring:
+    """Build and shard what scores: tables and served model, without heads, adapter or dense engine."""
+    served, _, _ = build_dense(config, device)
+    module = TrainModule(
+        build_collection(config.features, config.tables, weighted=False),
+        build_collection(config.features, config.tables, weighted=True),
+        ScoreObjective(served),
+        tuple(f.name for f in config.features.sparse),
+    )
+    model, kernels, plan = shard_tables(module, config, env, device)
+    return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], plan)
+
+
+def shard_tables(
+    module: TrainModule, config: JobConfig, env: RankEnv, device: torch.device
+) -> tuple[nn.Module, list[Kernel], list[dict[str, Any]]]:
+    """Plan and shard a module's `tables` and `weighted`: the module, its lookup kernels here, the plan."""
     # set before sharding: FBGEMM takes the optimiser into its backward kernel
     for collection in (module.tables, module.weighted):
         if collection is not None:
@@ -85,19 +128,8 @@ def build(config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[
         init_data_parallel=False,
     )
     kernels = list(local_kernels(model))
-    shards = [shard for kernel in kernels for shard in kernel.shards]
-    check_shards(shards, describe(plan), env.rank)
-    for shard in shards:
-        fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
-    # the dense engine comes after the tables are sharded: it must not see their parameters
-    wrap = DENSE_ENGINES[config.dense_engine.kind]
-    module.objective.served = wrap(served, device)
-    groups: list[nn.Module] = [served]
-    if heads is not None:
-        module.objective.heads = wrap(heads, device)
-        groups.append(heads)
-    optimizers = Optimizers(config.optim, groups, shards)
-    return Built(model, module.objective, served, heads, adapter, optimizers, kernels, describe(plan))
+    check_shards([shard for kernel in kernels for shard in kernel.shards], describe(plan), env.rank)
+    return model, kernels, describe(plan)
 
 
 def rehearse(built: Built, batch: Batch, device: torch.device) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from exfm.checkpoints.canonical import boxes
 from exfm.checkpoints.commits import Committed, committed, nonsense
 from exfm.checkpoints.saver import Request, Saver
-from exfm.checkpoints.snapshots import publish, snapshot_name
+from exfm.checkpoints.snapshots import publish, refuse, snapshot_name
 from exfm.checkpoints.sources import NotFinite
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import Partials, agreed, from_rank_0, load, load_partials, restore_newest
@@ -58,8 +58,13 @@ class Commits:
         if snapshots is None or (ended - self.job.slices.start) % snapshots.every_slices:
             return False
         if why := refusal(snapshots.gate, metrics["all"]):
-            self.job.log.say(f"snapshot of slice {ended - 1} is not published: {why}; the last good one stays")
+            self._refuse(ended - 1, why)
         return not why
+
+    def _refuse(self, index: int, why: str) -> None:
+        if self.job.env.rank == 0:
+            refuse(self._snapshots(), index, why)
+        self.job.log.say(f"snapshot of slice {index} is not published: {why}; the last good one stays")
 
     def begin(self, publish_too: bool = False) -> None:
         """Begin a commit of the present state; it ends in the background, and then, if so told, a snapshot of it is published."""
@@ -128,7 +133,7 @@ class Commits:
         try:
             job.log.say(publish(self._snapshots(), found, config, index, {"version": version}, self.saver.group))
         except NotFinite as error:
-            job.log.say(f"snapshot of slice {index} is not published: {error}; the last good one stays")
+            self._refuse(index, str(error))
 
     # ---------------------------------------------------------------- restoring
 

@@ -116,6 +116,8 @@ class JobConfig(BaseModel):
         keep["stream"] = self.stream.model_dump(
             mode="json", include={"first", "global_batch", "shuffle_window", "domains", "domain"}
         )
+        if self.stream.labels != "first":
+            keep["stream"]["labels"] = self.stream.labels
         if self.distillation.learn is not None:
             keep["distillation"]["learn"] = self.distillation.learn.identity()
         return keep
@@ -126,6 +128,11 @@ class JobConfig(BaseModel):
 
 def load_config(path: str | Path, sets: list[str], kind: type[M]) -> M:
     """Read a YAML file, apply `a.b=c` overrides and check it. UserError names the key, its value and what is allowed."""
+    return parse_config(read_raw(path, sets), str(path), kind)
+
+
+def read_raw(path: str | Path, sets: list[str]) -> dict[str, Any]:
+    """The sections of a YAML file after overrides, unchecked. UserError where it is no mapping."""
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -136,7 +143,7 @@ def load_config(path: str | Path, sets: list[str], kind: type[M]) -> M:
         raise UserError(f"config {path} is not a mapping of sections; see configs/ for examples")
     for item in sets:
         _set(raw, item)
-    return parse_config(raw, str(path), kind)
+    return raw
 
 
 def parse_config(raw: dict[str, Any], where: str, kind: type[M]) -> M:

@@ -1,8 +1,9 @@
 """The module that a train pipeline steps: tables, served model, distillation and the loss of one global batch.
 
-b examples on this rank, w backbone width, t tasks, W ranks.
+b examples on this rank, w backbone width, n heads for each of s teachers, t tasks, W ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from exfm.data.batch import Batch
 from exfm.distillation.config import LearnConfig
 from exfm.distillation.heads import StudentAdapter
-from exfm.distillation.losses import distillation_loss, label_loss, teacher_target
+from exfm.distillation.losses import label_loss, observed, soft_loss, teacher_target
 from exfm.models.heads import Head
 from exfm.models.interface import Backbone, ModelSize
 
@@ -49,39 +50,37 @@ class Adapter(nn.Module):
     def __init__(self, config: LearnConfig, num_tasks: int) -> None:
         super().__init__()
         self.fit_first = config.adapter.fit == "current"
-        self.mlps = nn.ModuleList(StudentAdapter(config.adapter.hidden, num_tasks) for _ in config.all_teachers)
+        self.mlps = StudentAdapter(config.adapter.hidden, len(config.all_teachers) * num_tasks)
         self.optimizer: torch.optim.Optimizer | None = None
 
     def make_optimizer(self, lr: float) -> None:
-        self.optimizer = torch.optim.Adam(self.mlps.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.mlps.parameters(), lr=lr, fused=True)
 
-    def targets(self, batch: Batch, logits: Tensor, scale: Tensor) -> Tensor:
-        """Detached probabilities [b, s, t] that the adapted heads learn (Algorithm 1 of ExFM) from the teachers' logits [b, s, t]."""
+    @torch.no_grad()
+    def targets(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        """Probabilities [b, s, t] that the adapted heads learn (Algorithm 1 of ExFM) from the teachers' logits.
+
+        logits, labels, weights [b, s, t]: weight 0 where a label or a prediction is missing. scale: of the sum of the losses.
+        """
+        flat, shape = (x.flatten(1) for x in (logits, labels, weights)), logits.shape
+        logits, labels, weights = flat
         if self.training and self.fit_first:
-            self._fit(batch, logits, scale)
-        targets = torch.sigmoid(self._adapted(logits)).detach()
+            self._fit(logits, labels, weights, scale)
+        targets = torch.sigmoid(self.mlps(logits)).view(shape)
         if self.training and not self.fit_first:
-            self._fit(batch, logits, scale)
+            self._fit(logits, labels, weights, scale)
         return targets
 
-    def _adapted(self, logits: Tensor) -> Tensor:
-        return torch.stack([mlp(logits[:, s]) for s, mlp in enumerate(self.mlps)], dim=1)
-
-    def _fit(self, batch: Batch, logits: Tensor, scale: Tensor) -> None:
-        assert self.optimizer is not None and batch.supervision_mask is not None
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), device=logits.device)
-        for adapted, mask in zip(self._adapted(logits).unbind(1), batch.supervision_mask.unbind(1), strict=True):
-            loss = loss + label_loss(adapted, batch.labels.where(mask, torch.nan), batch.weights)
-        (loss * scale).backward()
-        gradient = torch.cat([p.grad.view(-1) for p in self.mlps.parameters() if p.grad is not None])
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-        start = 0
-        for p in self.mlps.parameters():
-            assert p.grad is not None
-            p.grad.copy_(gradient[start : start + p.numel()].view_as(p))
-            start += p.numel()
+    def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor) -> None:
+        assert self.optimizer is not None
+        world = dist.get_world_size()
+        gradients = self.mlps.gradients(logits, labels, weights * (scale / world))
+        if world > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            gradients = list(flat.split([g.numel() for g in gradients]))
+        for p, gradient in zip(self.mlps.parameters(), gradients, strict=True):
+            p.grad = gradient.view_as(p)
         self.optimizer.step()
 
 
@@ -89,8 +88,8 @@ class Objective(nn.Module):
     """Loss of this rank's piece of a global batch from pooled embeddings.
 
     loss = W / (global weight) x sum over local examples of weight x loss; DDP and TorchRec divide gradients by W. All logits,
-    the student's and its teachers', are of the true world; `offsets` [t] takes them to the down-sampled data. teacher_weights: factor
-    of every teacher's losses, set for each slice.
+    the student's and its teachers', are of the true world; `offsets` [t] takes them to the down-sampled data. teacher_weights [s]:
+    factor of every teacher's losses, set for each slice.
     """
 
     def __init__(
@@ -105,7 +104,13 @@ class Objective(nn.Module):
         self.served, self.heads, self.adapter, self.learn = served, heads, adapter, learn
         self.offsets: Tensor
         self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
-        self.teacher_weights = tuple(learn.loss_weight * t.weight for t in learn.all_teachers) if learn else ()
+        self.teacher_weights: Tensor
+        weights = [learn.loss_weight * t.weight for t in learn.all_teachers] if learn else []
+        self.register_buffer("teacher_weights", torch.tensor(weights), persistent=False)
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Set the factor of every teacher's losses."""
+        self.teacher_weights.copy_(torch.tensor(weights))
 
     def forward(self, batch: Batch, pooled: Tensor) -> tuple[Tensor, StepOutput]:
         logits, x = self.served(batch.dense, pooled)
@@ -124,18 +129,35 @@ class Objective(nn.Module):
         """Sum over teachers of weight x loss. logits [b, t] of the served head, x [b, w]."""
         assert batch.supervision is not None and batch.supervision_mask is not None
         supervision = batch.supervision + self.offsets  # the teachers' logits through the student's own correction
-        by_teacher, by_adapted = (None, None) if self.heads is None else self.heads(x)
-        adapted = None if self.adapter is None else self.adapter.targets(batch, supervision, scale)
-        loss = torch.zeros((), device=x.device)
-        for s, weight in enumerate(self.teacher_weights):
-            mask, target = batch.supervision_mask[:, s], teacher_target(supervision[:, s], learn.label_scale)
-            own = logits if by_teacher is None else by_teacher[:, s]
-            loss = loss + weight * distillation_loss(own, target, batch.weights, mask)
-            if learn.auxiliary_labels:
-                loss = loss + label_loss(own, batch.labels, batch.weights)
-            if adapted is not None and by_adapted is not None:
-                loss = loss + weight * distillation_loss(by_adapted[:, s], adapted[:, s], batch.weights, mask)
-        return loss
+        mask, weights = batch.supervision_mask, batch.weights
+        soft_weights = mask * (weights[:, None] * self.teacher_weights)[:, :, None]
+        target = teacher_target(supervision, learn.label_scale)
+        if self.heads is None:
+            return soft_loss(logits[:, None].expand_as(target), target, soft_weights)
+        own = self.heads(x)  # [b, n, s, t]
+        if self.adapter is None and not learn.auxiliary_labels:
+            return soft_loss(own[:, 0], target, soft_weights)
+        labels, hard_weights = observed(batch.labels, weights)
+        labels, hard_weights = labels[:, None].expand_as(target), hard_weights[:, None] * mask
+        hard = soft_loss(own[:, 0], labels, hard_weights) if learn.auxiliary_labels else 0.0
+        if self.adapter is None:
+            return hard + soft_loss(own[:, 0], target, soft_weights)
+        adapted = self.adapter.targets(supervision, labels, hard_weights, scale)
+        both = torch.stack([target, adapted], 1)
+        return hard + soft_loss(own, both, soft_weights[:, None].expand_as(both))
+
+
+class ScoreObjective(nn.Module):
+    """Logits alone, in the form that pipelines want."""
+
+    def __init__(self, served: Served) -> None:
+        super().__init__()
+        self.served = served
+
+    def forward(self, batch: Batch, pooled: Tensor) -> tuple[Tensor, StepOutput]:
+        logits, _ = self.served(batch.dense, pooled)
+        loss = logits.new_zeros(())
+        return loss, StepOutput(logits, loss)
 
 
 class TrainModule(nn.Module):
@@ -145,7 +167,7 @@ class TrainModule(nn.Module):
         self,
         tables: EmbeddingBagCollection | None,
         weighted: EmbeddingBagCollection | None,
-        objective: Objective,
+        objective: nn.Module,
         features: tuple[str, ...],
     ) -> None:
         super().__init__()

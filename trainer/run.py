@@ -20,11 +20,13 @@ from exfm.checkpoints.storage import Storage
 from exfm.data.commit import commit, open_folder
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
-from exfm.trainer.config import JobConfig, check_against_stream, check_ranks
+from exfm.trainer.config import JobConfig, RunConfig, check_against_stream, check_ranks
 from exfm.trainer.ending import DONE, FAILED, STOPPED, WRONG_INPUT, decided, write_exit
 from exfm.trainer.env import RankEnv, pick_device, process_group
 from exfm.trainer.guard import BadLoss, Position, recover
 from exfm.trainer.loop import Job
+from exfm.trainer.score_config import ScoreConfig
+from exfm.trainer.scorer import run_score
 from exfm.trainer.watch import JOINING, RESTORING, Doing, RankLost, Watch
 
 
@@ -33,16 +35,8 @@ def run_job(
 ) -> int:
     """Train to the end or a stop; DONE or STOPPED. UserError, SaveError, BadLoss or RankLost where it cannot go on."""
     check_ranks(config, env.world_size)
-    check_against_stream(config, open_stream(config.stream.path))
-    device = pick_device(config.run.device, env)
-    torch.set_num_threads(config.run.threads_per_rank)
-    doing = watch.doing if watch else Doing()
-    doing.phase = JOINING
-    with (
-        process_group(env, device, config.run.timeout_s),
-        watch.joined() if watch else nullcontext(),
-        run_lock(config, env),
-    ):
+    check_against_stream(config, open_stream(config.stream.path, config.stream.labels))
+    with joined(config.run, env, watch) as (device, doing), _commits_lock(config, env):
         failure: tuple[str, Position] | None = None
         for left in reversed(range(config.run.max_restores + 1)):
             try:
@@ -56,6 +50,35 @@ def run_job(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     raise AssertionError("unreachable")
+
+
+def run_scorer(
+    config: ScoreConfig,
+    env: RankEnv,
+    follow: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    watch: Watch | None = None,
+) -> int:
+    """Score to the end or a stop; DONE or STOPPED. follow: wait for slices and snapshots that are not there yet."""
+    with joined(config.run, env, watch) as (device, doing):
+        if env.rank == 0:
+            _save_config(config)
+        return DONE if run_score(config, env, device, follow, should_stop, doing) else STOPPED
+
+
+@contextmanager
+def joined(run: RunConfig, env: RankEnv, watch: Watch | None) -> Iterator[tuple[torch.device, Doing]]:
+    """This rank among the others, in a run folder that is theirs alone; its device and what it tells the watch."""
+    device = pick_device(run.device, env)
+    torch.set_num_threads(run.threads_per_rank)
+    doing = watch.doing if watch else Doing()
+    doing.phase = JOINING
+    with (
+        process_group(env, device, run.timeout_s),
+        watch.joined() if watch else nullcontext(),
+        run_lock(run, env),
+    ):
+        yield device, doing
 
 
 def _attempt(
@@ -81,12 +104,12 @@ def _attempt(
 
 
 @contextmanager
-def run_lock(config: JobConfig, env: RankEnv) -> Iterator[None]:
-    """Rank 0 holds <run>/lock, and that of `checkpoint.folder`, while it runs. UserError where another job writes there."""
+def run_lock(run: RunConfig, env: RankEnv) -> Iterator[None]:
+    """Rank 0 holds <run>/lock while it runs. UserError where another job writes there."""
     if env.rank != 0:
         yield
         return
-    folder = Path(config.run.folder)
+    folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as f:
         try:
@@ -95,13 +118,12 @@ def run_lock(config: JobConfig, env: RankEnv) -> Iterator[None]:
             raise UserError(
                 f"another job is running in {folder}; wait for it, stop it, or set another run.folder"
             ) from None
-        with _commits_lock(config, env):
-            yield
+        yield
 
 
 def _commits_lock(config: JobConfig, env: RankEnv) -> AbstractContextManager[Any]:
-    """Jobs of several run folders may name one checkpoint.folder. UserError where another is in it."""
-    if not config.checkpoint.folder:
+    """Jobs of several run folders may name one checkpoint.folder: rank 0 locks it. UserError where another is in it."""
+    if env.rank != 0 or not config.checkpoint.folder:
         return nullcontext()
 
     def lost() -> None:
@@ -114,13 +136,16 @@ def _commits_lock(config: JobConfig, env: RankEnv) -> AbstractContextManager[Any
     return Storage(config.checkpoint.folder, config.checkpoint.retries).lock(owner, lost)
 
 
-def _save_config(config: JobConfig) -> None:
+def _save_config(config: JobConfig | ScoreConfig) -> None:
     fs, root = open_folder(config.run.folder)
     commit(fs, f"{root}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
-def rank_main(config: JobConfig, env: RankEnv) -> int:
-    """Run as one rank of a launched job: signals ask for a commit and exit code 75, exit.json says how it ended."""
+def rank_main(config: JobConfig | ScoreConfig, env: RankEnv, follow: bool = False) -> int:
+    """Run as one rank of a launched job: signals ask for a commit and exit code 75, exit.json says how it ended.
+
+    follow: of a scorer, see run_scorer.
+    """
     folder = Path(config.run.folder)
     if (code := decided(folder, env)) is not None:
         return code
@@ -133,7 +158,10 @@ def rank_main(config: JobConfig, env: RankEnv) -> int:
     final = False
     with watch.running():
         try:
-            code, message = run_job(config, env, lambda: bool(asked), watch), ""
+            if isinstance(config, ScoreConfig):
+                code, message = run_scorer(config, env, follow, lambda: bool(asked), watch), ""
+            else:
+                code, message = run_job(config, env, lambda: bool(asked), watch), ""
         except UserError as error:
             code, message = WRONG_INPUT, str(error)
         except (SaveError, BadLoss, RankLost) as error:

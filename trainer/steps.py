@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineBase, TrainPipelineSparseDist
 
 from exfm.data.batch import Batch
 from exfm.trainer.build import Built
@@ -16,6 +16,23 @@ from exfm.trainer.watch import Doing
 
 COPIES_IN_FLIGHT = 2
 PIPELINES: dict[str, Any] = {"base": TrainPipelineBase, "sparse_dist": TrainPipelineSparseDist}
+
+
+class EvalPipelineBase:
+    """A forward pass at a time; TorchRec's base pipeline has no form without an optimiser."""
+
+    def __init__(self, model: nn.Module, optimizer: None, device: torch.device) -> None:
+        self.model, self.device = model, device
+
+    def progress(self, batches: Iterator[Batch]) -> StepOutput:
+        _, output = self.model(next(batches).to(self.device, non_blocking=True))
+        return output  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        """Nothing is in flight."""
+
+
+EVAL_PIPELINES: dict[str, Any] = {"base": EvalPipelineBase, "sparse_dist": EvalPipelineSparseDist}
 
 
 class Feed(Iterator[Batch]):

@@ -245,9 +245,14 @@ def bootstrap(raw: Raw) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def supervision_files(raw: Raw) -> dict[str, bytes]:
+def supervision_files(raw: Raw) -> dict[str, Any]:
+    """What was logged, without the time of the commits."""
     root = Path(raw["run"]["folder"]) / "supervision"
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    files: dict[str, Any] = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    for name in (n for n in files if n.endswith("manifest.json")):
+        files[name] = json.loads(files[name])
+        del files[name]["extra"]["at"]
+    return files
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
