@@ -20,8 +20,9 @@ from exfm.checkpoints.storage import Storage
 from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
-from exfm.trainer.config import JobConfig, check_against_stream, check_ranks, load_config
+from exfm.trainer.config import check_against_stream, check_ranks
 from exfm.trainer.ending import read_exit
+from exfm.trainer.score_config import ScoreConfig, check_scorer, load_any
 from exfm.trainer.state import check_identity
 
 LOG_TAIL_LINES = 25
@@ -29,12 +30,16 @@ LOG_TAIL_LINES = 25
 
 @dataclass
 class LocalJob:
-    """One job: its config file, overrides, number of ranks on this machine and restarts after a rank has failed."""
+    """One job: its config file, overrides, number of ranks on this machine and restarts after a rank has failed.
+
+    follow: of a scorer: wait for slices and snapshots that are not there yet.
+    """
 
     config: Path
     nproc: int = 1
     sets: tuple[str, ...] = ()
     max_restarts: int = 3
+    follow: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     asked: bool = False
     settled: bool = False
@@ -43,7 +48,7 @@ class LocalJob:
     last: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.job = load_config(self.config, list(self.sets), JobConfig)
+        self.job = load_any(self.config, list(self.sets))
         self.folder = Path(self.job.run.folder)
 
     @property
@@ -56,11 +61,17 @@ class LocalJob:
             raise UserError(f"--nproc is {self.nproc}; use 1 or more ranks")
         if self.max_restarts < 0:
             raise UserError(f"--max-restarts is {self.max_restarts}; use 0 or more")
-        check_ranks(self.job, self.nproc)
-        check_against_stream(self.job, open_stream(self.job.stream.path, self.job.stream.labels))
-        Storage(self.job.checkpoint_folder, self.job.checkpoint.retries).check()
-        if found := committed(self.job.checkpoint_folder):
-            check_identity(found[-1], self.job)
+        job = self.job
+        if isinstance(job, ScoreConfig):
+            check_scorer(job, self.nproc, self.follow)
+            return
+        check_ranks(job, self.nproc)
+        check_against_stream(job, open_stream(job.stream.path, job.stream.labels))
+        Storage(job.checkpoint_folder, job.checkpoint.retries).check()
+        if job.distillation.publish is not None:
+            Storage(self.folder / "supervision").check()
+        if found := committed(job.checkpoint_folder):
+            check_identity(found[-1], job)
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start torchrun; its output goes to <run>/logs/torchrun.log."""
@@ -73,7 +84,12 @@ class LocalJob:
         # as --standalone does it, but with a name that is known here
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", self.run_id]
         command += ["--max-restarts", str(self.max_restarts)]
-        command += ["-m", "exfm.trainer", str(self.config)]
+        command += [
+            "-m",
+            "exfm.trainer",
+            str(self.config),
+            *["--follow"] * (self.follow and isinstance(self.job, ScoreConfig)),
+        ]
         for item in self.sets:
             command += ["--set", item]
         # one thread per rank unless the user says otherwise: ranks share the cores

@@ -30,7 +30,9 @@ def load_pipeline(path: Path, nproc: int) -> list[LocalJob]:
     jobs = []
     for number, job in enumerate(pipeline.jobs):
         sets = tuple(f"{key}={json.dumps(value)}" for key, value in job.set.items())
-        jobs.append(LocalJob(path.parent / job.config, job.nproc or (nproc if number == 0 else 1), sets))
+        # a scorer among other jobs waits for what they have yet to make
+        ranks = job.nproc or (nproc if number == 0 else 1)
+        jobs.append(LocalJob(path.parent / job.config, ranks, sets, follow=True))
     folders = [str(j.folder) for j in jobs]
     if twice := {f for f in folders if folders.count(f) > 1}:
         raise UserError(f"{path}: several jobs write to {', '.join(sorted(twice))}; set run.folder for each")

@@ -41,7 +41,7 @@ class JobView:
             return
         facts = (
             f"slice {line['slice'] + 1}/{line['slices']}  {line['examples']:>9,} examples  {line['examples_per_s']:>7,.0f}/s  "
-            f"NE so far {line['ne_so_far']:.4f}  {line['seconds_left']:.0f} s left"
+            + (f"NE so far {line['ne_so_far']:.4f}  {line['seconds_left']:.0f} s left" if "ne_so_far" in line else "")
         )
         if self.live:
             if job.name not in self.tasks:

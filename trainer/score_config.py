@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from exfm.checkpoints.storage import Storage
 from exfm.data.errors import UserError
 from exfm.data.manifest import Stream, open_stream
 from exfm.distillation.version import Identity
@@ -71,7 +72,7 @@ class Scored:
         self.config, self.teacher = config, config.load_teacher()
         assert self.teacher.checkpoint.snapshots is not None
         self.every = self.teacher.checkpoint.snapshots.every_slices
-        self.stream: Stream = open_stream(self.teacher.stream.path)
+        self.stream: Stream = open_stream(self.teacher.stream.path, self.teacher.stream.labels)
         self.teacher_first = self.teacher.stream.first
         earliest = self.teacher_first + self.every + config.score.lag
         first = config.score.first
@@ -125,6 +126,17 @@ class Scored:
                 "sharding": self.config.sharding or teacher.sharding,
             }
         )
+
+
+def check_scorer(config: ScoreConfig, world_size: int, follow: bool) -> None:
+    """UserError for what can be known to be wrong before any rank starts."""
+    if world_size > config.score.global_batch:
+        raise UserError(
+            f"{world_size} ranks share a global batch of {config.score.global_batch} examples; use fewer ranks or raise "
+            "score.global_batch"
+        )
+    if config.teacher_yaml.exists() or not follow:  # a teacher that is followed may begin later
+        Storage(Scored(config).log_folder).check()
 
 
 def load_any(path: str | Path, sets: list[str]) -> JobConfig | ScoreConfig:

@@ -60,38 +60,42 @@ def config_file(folder: Path, name: str, stream: Path, **sections: dict[str, Any
     return path
 
 
-def test_a_teacher_and_its_students_run_together_and_every_example_is_learned_once(
+def test_a_teacher_a_scorer_and_students_run_together_and_every_example_is_learned_once(
     exfm: Exfm, stream: Path, tmp_path: Path
 ) -> None:
-    teacher = config_file(tmp_path, "synth_teacher", stream)
+    teacher = config_file(tmp_path, "synth_teacher", stream, checkpoint={"snapshots": {"keep": 100}})
     student = config_file(tmp_path, "synth_student", stream)
-    log = str(tmp_path / "synth_teacher" / "supervision" / "teacher")
+    scorer = tmp_path / "scorer.yaml"
+    own = {"name": "scorer", "folder": str(tmp_path / "scorer"), "device": "cpu"}
+    scorer.write_text(yaml.safe_dump({"run": own, "score": {"teacher": str(tmp_path / "synth_teacher")}}))
+    logs = [str(tmp_path / run / "supervision" / "teacher") for run in ("synth_teacher", "scorer")]
+    late = {"run.name": "late", "run.folder": str(tmp_path / "late"), "stream.first": 1}
     jobs = [
         {"config": teacher.name, "nproc": 2},
-        {"config": student.name, "set": {"run.name": "with", "distillation.learn.supervision": log}},
-        {
-            "config": student.name,
-            "set": {"run.name": "without", "run.folder": str(tmp_path / "without"), "distillation": {}},
-        },
+        {"config": scorer.name},
+        {"config": student.name, "set": {"run.name": "with", "distillation.learn.supervision": logs[0]}},
+        {"config": student.name, "set": {**late, "distillation.learn.supervision": logs[1]}},
     ]
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(yaml.safe_dump({"jobs": jobs}))
     code, out, err = exfm("stream", pipeline, "--json")
     assert code == 0, err
     summaries = json.loads(out)
-    domain_rows = sum(
+    in_domain = [
         int((pq.read_table(p, columns=["domain"]).column("domain").to_numpy() == 1).sum())
-        for p in stream.glob("slice=*/features/*.parquet")
-    )
+        for p in sorted(stream.glob("slice=*/features/*.parquet"))
+    ]
     assert summaries["teacher"]["examples"] == SLICES * ROWS
-    assert (
-        summaries["with"]["examples"] == summaries["with"]["covered"] == summaries["without"]["examples"] == domain_rows
-    )
-    for run in ("synth_teacher", "synth_student", "without"):
+    assert summaries["scorer"]["examples"] == (SLICES - 1) * ROWS  # slice 0 has no snapshot before it
+    assert summaries["with"]["examples"] == summaries["with"]["covered"] == sum(in_domain)
+    assert summaries["late"]["examples"] == summaries["late"]["covered"] == sum(in_domain[1:])
+    for run in ("synth_teacher", "synth_student", "late"):
         code, out, err = exfm("data", "audit", tmp_path / run, "--json")
         assert code == 0 and json.loads(out)["skipped"] == 0, err
     code, out, err = exfm("report", tmp_path / "synth_teacher")
     assert code == 0 and Path(out.strip()).stat().st_size > 1_000_000
+    code, _, err = exfm("score", student)
+    assert code == 2 and "has no section 'score'" in err
 
 
 def test_train_continues_and_refuses_a_checkpoint_of_another_config(exfm: Exfm, stream: Path, tmp_path: Path) -> None:
