@@ -11,6 +11,7 @@ class PublishConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     teacher: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     mode: Literal["forward"] = "forward"
+    ttl_s: float = Field(0.0, ge=0, description="supervision committed longer ago is removed; 0: none")
 
 
 class AdapterConfig(BaseModel):
@@ -68,9 +69,10 @@ class LearnConfig(BaseModel):
     """How a student learns from teachers' supervision logs (ExFM equations 2 to 7).
 
     loss_weight w, label_scale alpha and gradient_scale beta are ExFM's three scalings; w applies to every distillation
-    loss. hidden: hidden layers of each distillation head. auxiliary_labels: the auxiliary head learns labels as well as
+    loss. hidden: hidden layers of each distillation head. auxiliary_labels: y^D learns labels, with weight 1, as well as
     predictions (Rec-Distill). warmup_slices: w grows linearly from the first slice on. staleness_half_life: slices of
-    staleness after which a prediction counts half; max_staleness: above it, it counts as missing.
+    staleness after which a prediction counts half; max_staleness: above it, it counts as missing. on_missing: what a missing
+    prediction is to a teacher whose log has begun.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -3,26 +3,27 @@
     supervision/<teacher>/slice=000017/{part-00000.parquet, manifest.json}
 
 Logits are of the true world: where negatives are kept at a rate below 1, the correction is a reader's. A manifest's `extra` says who
-scored the slice: `teacher`, its `config`, its `tasks` and the `first` slice that it trained on; `scored_by`, its version when
+scored the slice: `teacher`, its `config`, its `tasks`, the `first` slice that it trained on and the generation of its `labels`; `scored_by`, its version when
 the slice began, and `watermark`, the last slice that this version had trained on; `mode`: forward (the teacher's own forward
 pass, advanced by earlier batches of the slice) or snapshot (a scorer with frozen weights); `at`, when it was committed.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 
 from exfm.data.commit import Filesystem, commit_json, open_folder, sha256_of
 from exfm.data.errors import UserError
-from exfm.data.manifest import MANIFEST, Part, SliceManifest, Stream, load_manifest, slice_folder
+from exfm.data.manifest import MANIFEST, Generation, Part, SliceManifest, Stream, load_manifest, slice_folder
 from exfm.data.source import AlignedFiles
 from exfm.data.writer import write_part
 from exfm.distillation.version import Identity, Versions
 
 MODES = ("forward", "snapshot")
-EXTRA = {"teacher": str, "config": str, "tasks": list, "first": int, "scored_by": str, "watermark": int, "mode": str, "at": float}  # fmt: skip
+EXTRA = {"teacher": str, "config": str, "tasks": list, "first": int, "labels": str, "scored_by": str, "watermark": int, "mode": str, "at": float}  # fmt: skip
 
 
 def logit_column(task: str) -> str:
@@ -47,7 +48,7 @@ def write_supervision_part(fs: Filesystem, folder: str, like: Part, tasks: tuple
 
 def identity_of(manifest: SliceManifest) -> Identity:
     e = manifest.extra
-    return Identity(e["teacher"], e["config"], tuple(e["tasks"]), e["first"])
+    return Identity(e["teacher"], e["config"], tuple(e["tasks"]), e["first"], e["labels"])
 
 
 @dataclass
@@ -89,7 +90,7 @@ class SupervisionLog:
     ) -> None:  # fmt: skip
         """Commit one slice. scored_by: the version that scored it; watermark: the last slice that it had trained on."""
         extra = {
-            "teacher": who.teacher, "config": who.config, "tasks": list(who.tasks), "first": who.first, "mode": mode,
+            "teacher": who.teacher, "config": who.config, "tasks": list(who.tasks), "first": who.first, "labels": who.labels, "mode": mode,
             "scored_by": scored_by, "watermark": watermark, "at": at,
         }  # fmt: skip
         manifest = features.model_copy(update={"kind": "supervision", "parts": parts, "extra": extra})
@@ -128,9 +129,13 @@ class SupervisionLog:
             raise UserError(
                 f"{where} is not supervision of stream '{stream.schema.name}'; point distillation.learn at its log"
             )
-        if wrong := sorted(k for k, kind in EXTRA.items() if not isinstance(extra.get(k), kind)):
+        wrong = {k for k, kind in EXTRA.items() if not isinstance(extra.get(k), kind)}
+        wrong |= {
+            k for k, allowed in (("mode", MODES), ("labels", get_args(Generation))) if extra.get(k) not in allowed
+        }
+        if wrong:
             raise UserError(
-                f"{where} has no proper {', '.join(wrong)}; it was edited or damaged; score the slice again"
+                f"{where} has no proper {', '.join(sorted(wrong))}; it was edited or damaged; score the slice again"
             )
         watermark = extra["watermark"]
         if watermark >= index or (extra["mode"] == "forward" and watermark != index - 1):

@@ -4,10 +4,10 @@ Anyone who has the stream can compute them again, which makes mix-ups and edits 
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from exfm.data.errors import UserError
-from exfm.data.manifest import Stream
+from exfm.data.manifest import Generation, Stream
 
 
 def genesis(config_digest: str) -> str:
@@ -33,12 +33,14 @@ def _hash(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a teacher is, apart from how far it has trained. first: the slice that it began with."""
+    """What a teacher is, apart from how far it has trained. first: the slice that it began with; labels: the generation of
+    labels that it learns."""
 
     teacher: str
     config: str
     tasks: tuple[str, ...]
     first: int
+    labels: Generation = "first"
 
 
 @dataclass
@@ -48,6 +50,10 @@ class Versions:
     stream: Stream
     identity: Identity
     _after: dict[int, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # a student may learn labels of another generation than its teacher
+        self.stream = replace(self.stream, generation=self.identity.labels)
 
     def after(self, index: int) -> str:
         """Version after training on slices first..index; the genesis where index is first - 1."""

@@ -19,6 +19,7 @@ from exfm.embeddings.ids import sparse_inputs
 from exfm.models.config import ModelConfig
 from exfm.sharding.config import ShardingConfig
 from exfm.trainer.env import DeviceChoice
+from exfm.trainer.learning import check_learning
 from exfm.trainer.optim import OptimConfig
 
 M = TypeVar("M", bound=BaseModel)
@@ -118,6 +119,8 @@ class JobConfig(BaseModel):
         )
         if self.stream.labels != "first":
             keep["stream"]["labels"] = self.stream.labels
+        if self.distillation.publish is not None:
+            del keep["distillation"]["publish"]["ttl_s"]
         if self.distillation.learn is not None:
             keep["distillation"]["learn"] = self.distillation.learn.identity()
         return keep
@@ -206,7 +209,7 @@ def _models(kind: Any) -> list[Any]:
 
 
 def check_against_stream(config: JobConfig, stream: Stream) -> None:
-    """UserError for columns, tasks or domains that the stream lacks; before any rank starts."""
+    """UserError for columns, tasks or domains that the stream lacks, or tasks that a teacher does; before any rank starts."""
     check_features(config.features, config.tables)
     schema = stream.schema
     sparse_inputs(config.features, config.tables, schema)
@@ -227,7 +230,9 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
     if len(set(names)) < len(names) or "all" in names:
         raise UserError(f"stream.domains are named {', '.join(names)}; give each its own name, other than 'all'")
     config.stream.own_domain()
-    slices_of(stream, config.stream)
+    slices = slices_of(stream, config.stream)
+    if config.distillation.learn is not None:
+        check_learning(config.distillation.learn, config.heads.tasks, stream, slices)
     if config.distillation.publish and config.stream.shuffle_window > 1:
         raise UserError(
             f"stream.shuffle_window is {config.stream.shuffle_window} and the teacher publishes its forward pass: an example "

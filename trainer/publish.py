@@ -44,6 +44,11 @@ class Publisher:
                 f"{self.log.folder(index)} already holds supervision of another teacher version; use a new run.folder"
             )  # else committed before a restart; students may have read it
 
+    def expire(self, ttl_s: float) -> None:
+        """Remove what was committed more than ttl_s seconds ago; 0: nothing."""
+        if ttl_s and dist.get_rank() == 0:
+            self.log.expire(time.time() - ttl_s)
+
     def _write(self, features: SliceManifest, pending: dict[str, np.ndarray], scored_by: str, watermark: int) -> None:
         ends = np.cumsum([part.rows for part in features.parts])
         rows, logits = exchange(pending["rows"], pending["logits"], ends)

@@ -108,7 +108,8 @@ class Scored:
         return str(Path(self.config.run.folder) / "supervision" / self.log_name)
 
     def identity(self) -> Identity:
-        return Identity(self.log_name, self.teacher.digest(), self.teacher.heads.tasks, self.teacher_first)
+        tasks, labels = self.teacher.heads.tasks, self.teacher.stream.labels
+        return Identity(self.log_name, self.teacher.digest(), tasks, self.teacher_first, labels)
 
     def wanted(self, index: int) -> int:
         """The slice whose snapshot scores slice `index`: the newest on the teacher's schedule at or before index - 1 - lag."""

@@ -215,8 +215,7 @@ class Scorer:
             feed.close()
         self.doing.phase = f"ending slice {index}"
         self.publisher.publish(index, str(self.held.manifest["version"]), self.held.step)
-        if self.env.rank == 0 and self.config.score.ttl_s:
-            self.supervision.expire(time.time() - self.config.score.ttl_s)
+        self.publisher.expire(self.config.score.ttl_s)
         self.examples += reader.examples
         self.seconds += time.monotonic() - begun
         self._line(index, 1.0, begun, reader.examples)
