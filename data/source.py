@@ -38,18 +38,29 @@ class SliceSource:
     def __init__(self, files: Sequence[AlignedFiles], id_column: str) -> None:
         self.files, self.id_column = files, id_column
         features = files[0].manifest
-        for other in files[1:]:
-            if other.manifest.row_groups != features.row_groups:
-                raise UserError(
-                    f"{other.folder} does not belong to {files[0].folder}: their example ids or row groups differ; write "
-                    "it again from this slice"
-                )
         sizes = [group.rows for group in features.row_groups]
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.num_rows = int(self.starts[-1])
         self._where = [(p, g) for p, part in enumerate(features.parts) for g in range(len(part.row_groups))]
         self._open: dict[tuple[int, int], pq.ParquetFile] = {}
         self._held: tuple[int, pa.Table | None] = (0, None)
+        for other in files[1:]:
+            if other.manifest.row_groups != features.row_groups:
+                raise UserError(self._differing(other.folder, other.manifest))
+
+    def _differing(self, folder: str, other: SliceManifest) -> str:
+        """What to say of files whose row groups are not those of the features: the first that differs, by its example ids."""
+        features = self.files[0].manifest
+        own, theirs = features.row_groups, other.row_groups
+        number = next((n for n, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))
+        number = min(number, len(own) - 1)
+        ids = self.read(self.files[0], number, [self.id_column]).column(self.id_column).to_pylist()
+        there = f"{theirs[number].rows} rows of digest {theirs[number].id_digest}" if number < len(theirs) else "none"
+        return (
+            f"{folder} (of stream '{other.stream}') does not belong to {self.files[0].folder} (of stream '{features.stream}'): their "
+            f"example ids or row groups differ. Row group {number} here: {len(ids)} rows of digest {own[number].id_digest}, first ids "
+            f"{', '.join(map(str, ids[:3]))}; there: {there}; write it again from this slice"
+        )
 
     @property
     def num_groups(self) -> int:

@@ -27,23 +27,10 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.beta, None
 
 
-class _Layers(nn.Module):
-    """k independent linear layers after one another's ReLU: weights [k, in, out], biases [k, 1, out], started as nn.Linear's."""
-
-    def __init__(self, k: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, o in pairwise(widths):
-            bound = 1 / math.sqrt(i)
-            self.weights.append(nn.Parameter(torch.empty(k, i, o).uniform_(-bound, bound)))
-            self.biases.append(nn.Parameter(torch.empty(k, 1, o).uniform_(-bound, bound)))
-
-    def forward(self, x_kbi: Tensor) -> list[Tensor]:
-        """The input of every layer, [k, b, in], and last the output."""
-        values = [x_kbi]
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            values.append(torch.baddbmm(bias, values[-1].relu_() if number else x_kbi, weight))
-        return values
+def _uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """As nn.Linear starts."""
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(shape).uniform_(-bound, bound)
 
 
 class DistillationHeads(nn.Module):
@@ -61,15 +48,20 @@ class DistillationHeads(nn.Module):
         widths = (*config.hidden, num_tasks)
         # all read the same x: their first layers are one
         self.first = nn.Linear(in_width, self.heads * widths[0])
-        self.rest = _Layers(self.heads, widths) if config.hidden else None
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(widths):
+            self.weights.append(nn.Parameter(_uniform((self.heads, i, o), i)))
+            self.biases.append(nn.Parameter(_uniform((self.heads, 1, o), i)))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient_scale != 1:
             x = _ScaleGradient.apply(x, self.gradient_scale)
         y = self.first(x)
-        if self.rest is not None:
-            y_kbi = y.relu().view(len(x), self.heads, -1).transpose(0, 1)
-            y = self.rest(y_kbi)[-1].transpose(0, 1)
+        if len(self.weights):
+            y_kbi = y.view(len(x), self.heads, -1).transpose(0, 1)
+            for weight, bias in zip(self.weights, self.biases, strict=True):
+                y_kbi = torch.baddbmm(bias, y_kbi.relu(), weight)
+            y = y_kbi.transpose(0, 1)
         return y.reshape(len(x), *self.shape)
 
 
@@ -77,32 +69,46 @@ class StudentAdapter(nn.Module):
     """y^SA = y^F + MLP(y^F), one small MLP per teacher and task (k of them) on the scalar teacher logit (equation 6).
 
     ExFM does not print its form. The sum starts as the identity because the last layer starts at 0, so the first targets
-    are the teacher's own.
+    are the teacher's own. All parameters lie in one vector, for one step of Adam and one sum over ranks.
     """
 
     def __init__(self, hidden: tuple[int, ...], k: int) -> None:
         super().__init__()
-        self.layers = _Layers(k, (1, *hidden, 1))
-        nn.init.zeros_(self.layers.weights[-1])
-        nn.init.zeros_(self.layers.biases[-1])
+        layers = list(pairwise((1, *hidden, 1)))
+        self.shapes = [shape for i, o in layers for shape in ((k, o, i), (k, o, 1))]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        started = [_uniform(shape, layers[n // 2][0]) for n, shape in enumerate(self.shapes)]
+        for last in started[-2:]:
+            last.zero_()
+        self.parameter = nn.Parameter(torch.cat([part.flatten() for part in started]))
 
     def forward(self, logits: Tensor) -> Tensor:
         """Teacher logits [b, k] -> adapted logits [b, k]."""
-        return logits + self.layers(logits.t()[:, :, None])[-1][:, :, 0].t()
+        _, values = self._values(logits)
+        return logits + values[-1][:, 0].t()
+
+    def _values(self, logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights [k, out, in] of every layer; the input [k, in, b] of every layer and last the output."""
+        parts = [p.view(shape) for p, shape in zip(self.parameter.split(self.sizes), self.shapes, strict=True)]
+        values = [logits.t()[:, None]]
+        for weight, bias in zip(parts[::2], parts[1::2], strict=True):
+            x_kib = values[-1].relu_() if len(values) > 1 else values[0]
+            values.append(torch.baddbmm(bias, weight, x_kib))
+        return parts[::2], values
 
     @torch.no_grad()
-    def gradients(self, logits: Tensor, labels: Tensor, weights: Tensor) -> list[Tensor]:
-        """Of the summed cross-entropy between adapted logits and labels, all [b, k], in the order of parameters().
+    def gradient(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(adapted logits [b, k]; gradient of their summed cross-entropy with labels), logits, labels, weights all [b, k].
 
         By hand: autograd takes longer to set up than so small a net takes to compute.
         """
-        values = self.layers(logits.t()[:, :, None])
-        adapted = logits + values[-1][:, :, 0].t()
-        d_kbo = ((torch.sigmoid(adapted) - labels) * weights).t()[:, :, None]
-        by_weight, by_bias = [], []
-        for value_kbi, weight in zip(reversed(values[:-1]), reversed(list(self.layers.weights)), strict=True):
-            by_weight.append(value_kbi.mT @ d_kbo)
-            by_bias.append(d_kbo.sum(1, keepdim=True))
-            if len(by_weight) < len(self.layers.weights):
-                d_kbo = (d_kbo @ weight.mT) * (value_kbi > 0)
-        return by_weight[::-1] + by_bias[::-1]
+        layers, values = self._values(logits)
+        adapted = logits + values[-1][:, 0].t()
+        d_kob = ((torch.sigmoid(adapted) - labels) * weights).t()[:, None]
+        parts: list[Tensor] = []
+        for number in reversed(range(len(layers))):
+            x_kib = values[number]
+            parts = [(d_kob @ x_kib.mT).flatten(), d_kob.sum(2).flatten(), *parts]
+            if number:
+                d_kob = (layers[number].mT @ d_kob) * (x_kib > 0)
+        return adapted, torch.cat(parts)

@@ -62,26 +62,23 @@ class Adapter(nn.Module):
 
         logits, labels, weights [b, s, t]: weight 0 where a label or a prediction is missing. scale: of the sum of the losses.
         """
-        flat, shape = (x.flatten(1) for x in (logits, labels, weights)), logits.shape
-        logits, labels, weights = flat
-        if self.training and self.fit_first:
-            self._fit(logits, labels, weights, scale)
-        targets = torch.sigmoid(self.mlps(logits)).view(shape)
-        if self.training and not self.fit_first:
-            self._fit(logits, labels, weights, scale)
-        return targets
+        flat, adapted = logits.flatten(1), logits
+        if self.training:
+            adapted = self._fit(flat, labels.flatten(1), weights.flatten(1), scale)
+        if not self.training or self.fit_first:
+            adapted = self.mlps(flat)
+        return torch.sigmoid(adapted).view_as(logits)
 
-    def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor) -> None:
+    def _fit(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        """The adapted logits before this step."""
         assert self.optimizer is not None
+        adapted, gradient = self.mlps.gradient(logits, labels, weights)
         world = dist.get_world_size()
-        gradients = self.mlps.gradients(logits, labels, weights * (scale / world))
         if world > 1:
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
-            gradients = list(flat.split([g.numel() for g in gradients]))
-        for p, gradient in zip(self.mlps.parameters(), gradients, strict=True):
-            p.grad = gradient.view_as(p)
+            dist.all_reduce(gradient)
+        self.mlps.parameter.grad = gradient * (scale / world)
         self.optimizer.step()
+        return adapted
 
 
 class Objective(nn.Module):

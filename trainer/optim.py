@@ -78,7 +78,7 @@ class Optimizers:
         self.groups = [list(g.parameters()) for g in groups]
         d = config.dense
         self.dense = [
-            kind(parameters, lr=d.lr, betas=d.betas, eps=d.eps, weight_decay=d.weight_decay)
+            kind(parameters, lr=d.lr, betas=d.betas, eps=d.eps, weight_decay=d.weight_decay, fused=True)
             for parameters in self.groups
         ]
         self.table_parameters = [s.parameter for s in shards if s.parameter is not None]
@@ -123,7 +123,9 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dic
     """Live Adam state (step, exp_avg, exp_avg_sq) of a parameter; made, as the first step would, where it is missing."""
     state: dict[str, Any] = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        # a fused optimiser reads the step beside the parameter
+        device = parameter.device if optimizer.defaults["fused"] else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     return state

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from exfm.data.commit import commit_json
 from exfm.data.reader import SliceReader
 from exfm.trainer.metrics import auc, replicate_calibration, replicate_ne, summarise
+from exfm.trainer.teachers import TOTAL
 
 if TYPE_CHECKING:
     from exfm.trainer.loop import Job
@@ -60,6 +61,8 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> dict[str, Any]:
     metrics = _by_group(job, sums)
     if ended:
         values["metrics"] = metrics
+        if job.teachers is not None:
+            values["teachers"] = job.teachers.end_slice(p.slice)
     job.log.record("slice" if ended else "progress", p.step, values)
     if not ended or job.log.due():
         job.log.say(
@@ -79,7 +82,7 @@ def write_summary(job: "Job") -> None:
     for g, group in enumerate(_groups(job)):
         for t, task in enumerate(job.config.heads.tasks):
             groups[group][task]["auc"] = auc(histogram[g, t])
-    supplied = None if job.teachers is None else job.teachers.describe(_merged(job.teachers.sums), p.examples)
+    supplied = None if job.teachers is None else job.teachers.describe(TOTAL)
     size = job.built.served.size()
     if job.env.rank != 0:
         return

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from exfm.checkpoints.store import from_rank_0
 from exfm.data.errors import UserError
@@ -13,9 +14,11 @@ from exfm.data.source import AlignedFiles
 from exfm.distillation.config import LearnConfig, TeacherConfig
 from exfm.distillation.supervision import SupervisionLog
 from exfm.trainer.columns import supervision_column
+from exfm.trainer.learning import check_rows
 from exfm.trainer.waiting import wait_together
 
-COVERED, STALENESS, LAG = range(3)
+SLICE, TOTAL = range(2)
+SEEN, COVERED, STALENESS, LAG = range(4)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Supply:
 
 
 class Teachers:
-    """s teachers. sums [s, 3]: examples with a prediction, and their staleness (slices) and lag (seconds) added up."""
+    """s teachers. sums [2, s, 4], of the slice at hand and of all so far: examples, those with a prediction, and their staleness
+    (slices) and lag (seconds) added up.
+    """
 
     def __init__(self, learn: LearnConfig, tasks: tuple[str, ...], stream: Stream, first: int) -> None:
         self.learn, self.stream, self.first = learn, stream, first
@@ -37,7 +42,7 @@ class Teachers:
         self.logs = {log.path: SupervisionLog(log.path) for teacher in self.teachers for log in teacher.logs}
         self.read: list[SupervisionLog | None] = []  # of the slice at hand, by teacher
         self.supplies: list[Supply | None] = []
-        self.sums = np.zeros((len(self.teachers), 3))
+        self.sums = np.zeros((2, len(self.teachers), 4))
 
     def wait(self, index: int, should_stop: Callable[[], bool], say: Callable[[str], None]) -> bool:
         """Wait for the supervision of a slice; False to stop. UserError where there is none and the job must have it."""
@@ -75,9 +80,10 @@ class Teachers:
         self, teacher: TeacherConfig, log: SupervisionLog | None, index: int, say: Callable[[str], None]
     ) -> None:
         where = f"slice {index}: teacher '{teacher.name}'"
-        if log is None:
-            why = f"has no log before slice {teacher.logs[0].first}"
-        elif log.manifest(index) is None:
+        if log is None:  # as the config says
+            say(f"{where} has no log before slice {teacher.logs[0].first}, learning without it")
+            return
+        if log.manifest(index) is None:
             why = f"has no supervision in {log.root} after {self.learn.wait_s:g} s"
         else:
             why = f"has supervision in {log.root} that is more than {self.learn.max_staleness} slices stale"
@@ -87,12 +93,13 @@ class Teachers:
 
     def sidecars(self, features: SliceManifest) -> Sequence[AlignedFiles]:
         """The slice's supervision files, checked."""
-        files = []
+        files: list[AlignedFiles] = []
         for number, (log, supply) in enumerate(zip(self.read, self.supplies, strict=True)):
             if log is not None and supply is not None:
                 names = {
                     theirs: supervision_column(number, own) for own, theirs in self.wanted[number].items() if theirs
                 }
+                check_rows(self.stream, features, log)
                 files.append(log.open_checked(self.stream, features, names))
         return files
 
@@ -118,6 +125,7 @@ class Teachers:
         for number, (log, supply, wanted) in enumerate(zip(self.read, self.supplies, self.wanted, strict=True)):
             own = found[:, number, [t is not None for t in wanted.values()]].all(axis=1)
             complete &= own
+            self.sums[:, number, SEEN] += len(ids)
             if log is None or supply is None:
                 continue
             if self.learn.on_missing == "fail" and not own.all():
@@ -125,16 +133,25 @@ class Teachers:
                     f"{log.root} has no prediction for example {ids[~own][0]} of slice {index}; score it or set "
                     "distillation.learn.on_missing: label_only"
                 )
-            self.sums[number] += own.sum() * np.array([1.0, supply.staleness, supply.lag_s])
+            self.sums[:, number, COVERED:] += own.sum() * np.array([1.0, supply.staleness, supply.lag_s])
         return int(complete.sum())
 
-    def describe(self, sums: np.ndarray, examples: int) -> dict[str, dict[str, Any]]:
-        """By teacher: share of examples with a prediction, their mean staleness in slices and lag in seconds."""
+    def describe(self, which: int) -> dict[str, dict[str, float]]:
+        """By teacher: share of examples with a prediction, their mean staleness in slices and lag in seconds. All ranks call."""
+        sums = torch.from_numpy(self.sums[which].copy())
+        dist.all_reduce(sums)
         return {
             teacher.name: {
-                "coverage": own[COVERED] / max(examples, 1),
+                "coverage": own[COVERED] / max(own[SEEN], 1.0),
                 "staleness_slices": own[STALENESS] / own[COVERED] if own[COVERED] else float("nan"),
                 "lag_s": own[LAG] / own[COVERED] if own[COVERED] else float("nan"),
             }
-            for teacher, own in zip(self.teachers, sums, strict=True)
+            for teacher, own in zip(self.teachers, sums.tolist(), strict=True)
         }
+
+    def end_slice(self, index: int) -> dict[str, dict[str, float]]:
+        """`describe` of the slice that ended, with the weight that its losses had; the next one begins. All ranks call."""
+        ended = self.describe(SLICE)
+        self.sums[SLICE] = 0
+        weights = self.weights(index)
+        return {name: own | {"weight": w} for (name, own), w in zip(ended.items(), weights, strict=True)}
