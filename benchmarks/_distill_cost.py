@@ -27,7 +27,7 @@ from exfm.trainer.steps import Feed
 # limits: of a student's step, of reading speed, of the teacher's step, of scoring speed, bytes per prediction
 STEP, READING, FORWARD, SCORING, BYTES = 1.10, 0.95, 1.02, 2.5, 6.0
 CPU = torch.device("cpu")
-SLICE, STEPS, TURNS = 20, 40, 15
+SLICE, READ_SLICES, STEPS, TURNS = 20, 10, 40, 15
 LAST, TEACHER_TURNS = 12, 3
 # from the student of the table to one with as much work per step as a served model has
 STUDENTS: dict[str, Raw] = {
@@ -129,7 +129,7 @@ def reading_ratio(runner: Runner, teacher: Teacher) -> dict[str, float]:
         job(runner, runner.study.student, common | {"distillation": {}}, "cost-plain") as plain,
         job(runner, runner.study.student, common | {"distillation": learn}, "cost-joined") as joined,
     ):
-        slices = range(SLICE, SLICE + 10)
+        slices = range(SLICE, SLICE + READ_SLICES)
         rows = sum(m.rows for m in (plain.stream.manifest(i, "features") for i in slices) if m is not None)
         plain_s, joined_s = alternate([partial(read_all, plain, slices), partial(read_all, joined, slices)], TURNS)
     found = ratio_of(joined_s, plain_s)

@@ -46,7 +46,7 @@ def table_section(r: Part) -> list[str]:
         "",
         f"Mean ± deviation over seeds (teacher and student); intervals: 95%, paired over users (Poisson bootstrap) and over seeds. "
         f"Tuning budget, for every arm on {r['tuned_on']} alone ({budget}). Teacher on all traffic: NE {spread(r['teacher'], 'ne')}, "
-        f"AUC {spread(r['teacher'], 'auc')}, {r['teacher']['seconds']:.0f} s. Supervision: "
+        f"AUC {spread(r['teacher'], 'auc')}, {r['teacher']['cpu_seconds']:.0f} CPU s. Supervision: "
         f"{r['supervision']['bytes_per_prediction']:.2f} bytes per example and task, {r['supervision']['bytes'] / 2**20:.2f} MiB per "
         "teacher.",
         "",
@@ -90,8 +90,8 @@ def _overall(arm: str, o: Part) -> Sequence[str]:
 def _domain(named: str, d: Part) -> list[str]:
     base = d["arms"][UNDISTILLED]
     lines = [f"**{named}**, {base['examples']:,} examples evaluated, the teacher ahead by {ranged(d['advantage'], 4)}:"]
-    header = ("model", "NE", "AUC", "log loss", "calibration", "NE gain", "transfer ratio", "calibration error change, %", "seconds")  # fmt: skip
-    body: list[Sequence[str]] = [(*_model("teacher", d["teacher"]), "", "", "", f"{d['teacher']['seconds']:.1f}")]
+    header = ("model", "NE", "AUC", "log loss", "calibration", "NE gain", "transfer ratio", "calibration error change, %", "CPU s")  # fmt: skip
+    body: list[Sequence[str]] = [(*_model("teacher", d["teacher"]), "", "", "", f"{d['teacher']['cpu_seconds']:.1f}")]
     for arm, a in d["arms"].items():
         change = a.get("calibration_change")
         body.append(
@@ -100,7 +100,7 @@ def _domain(named: str, d: Part) -> list[str]:
                 ranged(a.get("gain"), 4),
                 ranged(a.get("transfer"), 2),
                 f"{ranged(change, 2, 100, sign=True)}, {CLAIMS[change['verdict']]}" if change else "",
-                f"{a['seconds']:.1f}",
+                f"{a['cpu_seconds']:.1f}",
             )
         )
     return [*lines, *rows(header, body)]

@@ -41,6 +41,7 @@ SINGLE_HEAD, AUXILIARY, ADAPTER = "single head", "auxiliary head", "auxiliary he
 GRID = {"optim.tables.lr": [0.05, 0.1, 0.2, 0.4], "optim.dense.lr": [0.001, 0.002, 0.004]}
 LOSS_WEIGHT = {"distillation.learn.loss_weight": [0.3, 1.0, 3.0]}
 TUNING_SEED = 1000
+CPU_SECONDS = "cpu_seconds"  # beside a run's summary; other work on the machine hardly changes them
 REPLICATES = 200  # as many as a student's default, to be paired with them
 console = Console(stderr=True)
 
@@ -120,8 +121,11 @@ class Runner:
         if (folder / "summary.json").exists():
             self.reused += 1
             return folder
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted: its cost would be a part of it
+        begun = time.process_time()
         with quiet():
             run_job(parse_config(raw, str(folder), JobConfig), RankEnv())
+        (folder / CPU_SECONDS).write_text(str(time.process_time() - begun))
         if not keep_state:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -159,10 +163,11 @@ def read(folder: Path, group: str, task: str) -> Run:
     """A finished job's numbers on a group of its examples."""
     summary = json.loads((folder / "summary.json").read_text())
     m = summary["groups"][group][task]
+    cpu_seconds = float((folder / CPU_SECONDS).read_text())
     with np.load(folder / "bootstrap.npz") as arrays:
         ne, calibration = arrays[f"{group}/{task}"], arrays[f"{group}/{task}/calibration"]
     return Run(
-        m["ne"], m["auc"], m["log_loss"], m["calibration"], summary["seconds"], int(m["examples"]), ne, calibration,
+        m["ne"], m["auc"], m["log_loss"], m["calibration"], cpu_seconds, int(m["examples"]), ne, calibration,
         summary["table_parameters"], summary["dense_parameters"], summary["flops_per_example"],
     )  # fmt: skip
 

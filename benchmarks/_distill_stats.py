@@ -17,13 +17,13 @@ LIMIT = 0.01  # of calibration: distillation must not worsen it by more
 
 @dataclass(frozen=True)
 class Run:
-    """One finished job's numbers on one domain. replicates, calibrations [r]: bootstrap NE and calibration."""
+    """One finished job's numbers on one domain. cpu_seconds: of the whole job; replicates, calibrations [r]: bootstrap NE and calibration."""
 
     ne: float
     auc: float
     log_loss: float
     calibration: float
-    seconds: float
+    cpu_seconds: float
     examples: int
     replicates: F64
     calibrations: F64
@@ -91,7 +91,7 @@ def described(values: Sequence[float], replicates: F64) -> dict[str, Any]:
 
 
 def means(runs: Sequence[Run]) -> dict[str, Any]:
-    """Mean and deviation over seeds of what a table shows; seconds: the median, as other work disturbs it."""
+    """Mean and deviation over seeds of what a table shows; of the CPU seconds, the median."""
     out: dict[str, Any] = {}
     for name in ("ne", "auc", "log_loss", "calibration"):
         values = [float(getattr(r, name)) for r in runs]
@@ -102,7 +102,7 @@ def means(runs: Sequence[Run]) -> dict[str, Any]:
         "dense_parameters": first.dense_parameters,
         "flops": first.flops,
     }
-    return out | sizes | {"seconds": float(np.median([r.seconds for r in runs])), "examples": first.examples}
+    return out | sizes | {"cpu_seconds": float(np.median([r.cpu_seconds for r in runs])), "examples": first.examples}
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -97,13 +97,13 @@ def compare(base: list[Run], done: list[Run], teachers: list[Run]) -> dict[str, 
         "gain_percent": in_percent,
         "transfer": transfer(base, done, teachers),
         "calibration_change": calibration_change(base, done),
-        "time_ratio": means(done)["seconds"] / means(base)["seconds"],
+        "time_ratio": means(done)["cpu_seconds"] / means(base)["cpu_seconds"],
     }
 
 
 def pooled_time(runs: dict[str, dict[str, list[Run]]], arm: str) -> float:
-    """Training seconds of the arm against the undistilled one, medians over seeds, mean over domains."""
-    ratios = [means(by[arm])["seconds"] / means(by[UNDISTILLED])["seconds"] for by in runs.values()]
+    """CPU seconds of the arm's jobs against the undistilled one, medians over seeds, mean over domains."""
+    ratios = [means(by[arm])["cpu_seconds"] / means(by[UNDISTILLED])["cpu_seconds"] for by in runs.values()]
     return sum(ratios) / len(ratios)
 
 

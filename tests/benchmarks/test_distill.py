@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import _distill_runs, _distill_sweeps, _distill_table, distill
+from benchmarks import _distill_cost, _distill_runs, _distill_sweeps, _distill_table, distill
 from benchmarks._distill_figures import write_page
 from benchmarks._distill_report import markdown
 from benchmarks._distill_runs import ADAPTER, ARMS, UNDISTILLED, Runner, Study, Teacher, Tuned, tune
@@ -207,3 +207,30 @@ def test_a_larger_size_is_larger_in_every_table_and_the_sweep_compares_like_with
     taught = large["taught"]["small"][ADAPTER]
     assert taught["gain"]["value"] == pytest.approx(large["base"]["ne"] - taught["ne"])
     assert "largest against smallest" in markdown({"sizes": found})
+
+
+def test_every_limit_of_cost_is_measured_and_judged_on_its_side(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {
+        "SLICE": 1,
+        "STEPS": 2,
+        "TURNS": 2,
+        "LAST": 4,
+        "TEACHER_TURNS": 1,
+        "READ_SLICES": 2,
+        "STUDENTS": {"small": {}},
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(_distill_cost, name, value)
+    runner = Runner(tmp_path, study)
+    found = _distill_cost.cost(runner)
+    log = Path(runner.teacher(0).log)
+    assert found["bytes"]["bytes"] == sum(f.stat().st_size for f in log.rglob("*.parquet"))
+    assert found["bytes"]["per_prediction"] == found["bytes"]["bytes"] / (5 * 600)
+    at_most = {"step, small", "mode forward", "bytes"}
+    assert set(found["verdicts"]) == at_most | {"reading", "scoring"}
+    for name, v in found["verdicts"].items():
+        assert v["holds"] == (v["value"] <= v["limit"] if name in at_most else v["value"] >= v["limit"])
+    assert found["forward"]["ratio"] > 1
+    assert "supervision, bytes per example and task" in markdown({"cost": found})
