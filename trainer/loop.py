@@ -157,7 +157,7 @@ class Job:
             self.doing.phase = f"waiting for the supervision of slice {index}"
             if not teachers.wait(index, self.should_stop, self.log.say):
                 return None
-            self.built.objective.teacher_weights = teachers.weights(index)
+            self.built.objective.weigh(teachers.weights(index))
         self.doing.phase = f"opening slice {index}"
         seed, rank, world_size = self.config.run.seed, self.env.rank, self.env.world_size
         sidecars = None if teachers is None else teachers.sidecars
