@@ -10,7 +10,9 @@ from exfm.distillation.supervision import SupervisionLog
 def check_rows(stream: Stream, features: SliceManifest, log: SupervisionLog) -> None:
     """UserError, with the first example ids, where a log's slice is not of these examples."""
     manifest = log.manifest(features.slice)
-    if manifest is not None and manifest.row_groups != features.row_groups:
+    if manifest is None or manifest.slice != features.slice:  # the check that follows names what is wrong with it
+        return
+    if manifest.row_groups != features.row_groups:
         own = AlignedFiles(stream.fs, f"{slice_folder(stream.root, features.slice)}/features", features, (), None)
         SliceSource([own, AlignedFiles(log.fs, log.folder(features.slice), manifest, ())], stream.schema.id)
 
