@@ -1,6 +1,8 @@
 """Writing slices: features and labels as row-aligned Parquet, each committed by its manifest."""
 
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from exfm.data.clock import Clock, RealClock
 from exfm.data.commit import Filesystem, commit_json, sha256_of
 from exfm.data.errors import UserError
 from exfm.data.manifest import MANIFEST, Part, RowGroup, SliceManifest, Stream, digest_ids, slice_folder
@@ -118,14 +119,14 @@ def write_kind(
     table: pa.Table,
     ids: np.ndarray,
     extra: dict[str, Any] | None = None,
-    clock: Clock | None = None,
+    now: Callable[[], float] = time.time,
 ) -> SliceManifest:
-    """Write and commit one kind of files of a slice, from the columns of `table` that belong there. ids [rows]."""
+    """Write and commit one kind of files of a slice, from the columns of `table` that belong there. ids [rows]; now: the clock."""
     folder = f"{slice_folder(stream.root, index)}/{kind}"
     parts = write_parts(stream.fs, folder, table.select(list(stream.types(kind))), ids)
     manifest = SliceManifest(
         kind=kind, stream=stream.schema.name, schema_digest=stream.schema_digest, slice=index, t0=t0, t1=t1,
-        rows=table.num_rows, parts=parts, extra=(extra or {}) | {"at": (clock or RealClock()).now()},
+        rows=table.num_rows, parts=parts, extra=(extra or {}) | {"at": now()},
     )  # fmt: skip
     commit_json(stream.fs, f"{folder}/{MANIFEST}", manifest.model_dump())
     return manifest
@@ -145,11 +146,17 @@ def write_parts(fs: Filesystem, folder: str, table: pa.Table, ids: np.ndarray) -
     return tuple(parts)
 
 
-def write_part(fs: Filesystem, folder: str, name: str, table: pa.Table, groups: tuple[RowGroup, ...]) -> Part:
-    """One Parquet file whose row groups are exactly `groups`, written through to the disk."""
+def write_part(
+    fs: Filesystem, folder: str, name: str, table: pa.Table, groups: tuple[RowGroup, ...], dense: bool = False
+) -> Part:
+    """One Parquet file whose row groups are exactly `groups`, written through to the disk.
+
+    dense: floats that hardly repeat: without a dictionary, their bytes split by place (3.6 instead of 5.4 bytes a logit).
+    """
+    encoding: dict[str, Any] = {"use_dictionary": False, "use_byte_stream_split": True} if dense else {}
     path = f"{folder}/{name}"
     with fs.open(path, "wb") as f:
-        with pq.ParquetWriter(f, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        with pq.ParquetWriter(f, table.schema, compression="zstd", write_page_checksum=True, **encoding) as writer:
             start = 0
             for group in groups:
                 writer.write_table(table.slice(start, group.rows), row_group_size=group.rows)

@@ -43,7 +43,7 @@ def write_supervision_part(fs: Filesystem, folder: str, like: Part, tasks: tuple
         )
     fs.makedirs(folder, exist_ok=True)
     columns = {logit_column(t): pa.array(logits[:, i], from_pandas=True) for i, t in enumerate(tasks)}
-    return write_part(fs, folder, like.path, pa.table(columns), like.row_groups)
+    return write_part(fs, folder, like.path, pa.table(columns), like.row_groups, dense=True)
 
 
 def identity_of(manifest: SliceManifest) -> Identity:
