@@ -1,11 +1,14 @@
 """Whole student jobs: loss weight 0, what is served, and slices whose supervision is missing."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from exfm.data.errors import UserError
+from exfm.distillation.config import DistillationConfig
 from tests.trainer.jobs import (
     ROWS,
     last_state,
@@ -118,3 +121,19 @@ def test_rows_that_a_teacher_did_not_score_are_masked_and_not_covered(stream, tm
     raw = replaced(raw, distillation__learn__on_missing="label_only")
     run(raw)
     assert summary(raw)["covered"] == summary(narrow)["examples"] < summary(raw)["examples"] == sum(ROWS)
+
+
+def test_with_auxiliary_labels_loss_weight_0_is_another_model(stream, log, tmp_path):
+    raw = student(tmp_path / "run", stream, log, "auxiliary_head")
+    raw = replaced(raw, distillation__learn__loss_weight=0.0, distillation__learn__auxiliary_labels=True)
+    plain = replaced(raw, distillation=None, run__folder=str(tmp_path / "plain"))
+    run(raw)
+    run(plain)
+    assert {k for k in served(raw) if k.endswith("weight")} & set(same(served(plain), served(raw)))
+
+
+def test_the_examples_of_the_documentation_are_configurations():
+    text = (Path(__file__).parents[2] / "docs" / "students.md").read_text()
+    examples = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+    learns = [DistillationConfig.model_validate(example["distillation"]).learn for example in examples]
+    assert len(learns) == 6 and all(learn is not None for learn in learns)
