@@ -12,6 +12,7 @@ from exfm.launch.report.page import figure_html, page_html, section_html, table_
 
 Part = dict[str, Any]
 COLOURS = ("#3a8fd0", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+MEAN = "mean of the domains"
 Point = tuple[str, dict[str, Any]]  # name, estimate
 
 
@@ -44,7 +45,8 @@ def dots(groups: Sequence[tuple[str, Sequence[Point]]], factor: float, axis: str
         shift = (number - (len(groups) - 1) / 2) * 0.8 / len(groups)
         values = [factor * e["value"] for _, e in points]
         low, high = ([factor * e["interval"][i] for _, e in points] for i in (0, 1))
-        colour = COLOURS[number % len(COLOURS)]
+        mean = group == MEAN
+        colour = NEUTRAL if mean else COLOURS[number % len(COLOURS)]
         plot.add_scatter(
             x=values,
             y=[row + shift for row in range(len(points))],
@@ -53,12 +55,12 @@ def dots(groups: Sequence[tuple[str, Sequence[Point]]], factor: float, axis: str
                 "symmetric": False,
                 "array": [h - v for h, v in zip(high, values, strict=True)],
                 "arrayminus": [v - b for b, v in zip(low, values, strict=True)],
-                "thickness": 2,
+                "thickness": 3 if mean else 2,
                 "width": 3,
             },
             mode="markers",
             name=text(group),
-            marker={"color": colour, "size": 8},
+            marker={"color": colour, "size": 11 if mean else 8, "symbol": "diamond" if mean else "circle"},
             hovertemplate="%{x:.3f}",
         )
     plot.add_vline(x=0, line={"dash": "dash", "color": NEUTRAL, "width": 1.5})
@@ -74,7 +76,7 @@ def table_figures(name: str, r: Part) -> str:
 
     def points(key: str) -> list[tuple[str, list[Point]]]:
         named = [(r["described"][d], [(arm, domains[d]["arms"][arm][key]) for arm in arms]) for d in domains]
-        return [*named, ("mean of the domains", [(arm, r["overall"][arm][key]) for arm in arms])]
+        return [*named, (MEAN, [(arm, r["overall"][arm][key]) for arm in arms])]
 
     calibration = dots(points("calibration_change"), 100, "change of |log calibration|, %; right of 0 is worse")
     calibration.add_vline(x=100 * LIMIT, line={"dash": "dot", "color": "#d55e00", "width": 1.5})
@@ -87,7 +89,23 @@ def table_figures(name: str, r: Part) -> str:
                "How much further from 1 the served student's calibration is than the undistilled one's; dotted: the limit of 1%.",
                calibration),
     ]  # fmt: skip
-    return section_html(r["title"], _grid(figures))
+    return section_html(r["title"], _overall(r), _grid(figures))
+
+
+def _overall(r: Part) -> str:
+    """The means over domains as a table."""
+    header = ("method", "NE gain", "gain, %", "transfer ratio", "calibration error change, %", "CPU time")
+    shown = (("gain", 4, 1.0), ("gain_percent", 2, 1.0), ("transfer", 2, 1.0), ("calibration_change", 2, 100.0))
+    lines = []
+    for arm, o in r["overall"].items():
+        cells = [(arm, "")]
+        for key, digits, factor in shown:
+            low, high = (factor * bound for bound in o[key]["interval"])
+            cells.append((f"{factor * o[key]['value']:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"))
+        lines.append(("", (*cells, (f"x {o['time_ratio']:.2f}", ""))))
+    budget = next(iter(r["tuned"].values()))["trials"]
+    note = f"Means over {len(r['domains'])} domains, {r['seeds']} seeds; every method had {budget} tuning trials on {r['tuned_on']}."
+    return table_html(header, lines, note)
 
 
 def _percent(r: Part, group: str, points: Sequence[Point]) -> list[Point]:
@@ -124,7 +142,7 @@ def curves(lines: Sequence[tuple[str, Sequence[Point]]], x_title: str, y_title: 
             line={"color": COLOURS[number % len(COLOURS)], "width": 2.2},
             hovertemplate="%{y:.4f}",
         )
-    names = [text(n) for n, _ in lines[0][1]]
+    names = [text(n).replace(", ", ",<br>") for n, _ in lines[0][1]]
     plot.update_xaxes(title_text=x_title, tickvals=list(range(len(names))), ticktext=names)
     plot.update_yaxes(title_text=y_title, rangemode="tozero")
     return plot

@@ -40,12 +40,12 @@ def spread(m: Part, name: str, digits: int = 4) -> str:
 
 
 def table_section(r: Part) -> list[str]:
-    budget = "; ".join(f"{arm}: {t['trials']} of {t['of']} settings" for arm, t in r["tuned"].items())
+    budget = "; ".join(dict.fromkeys(f"{t['trials']} of {t['of']} settings" for t in r["tuned"].values()))
     lines = [
         f"## {r['title']}: {len(r['domains'])} domains x {len(r['tuned'])} methods x {r['seeds']} seeds",
         "",
         f"Mean ± deviation over seeds (teacher and student); intervals: 95%, paired over users (Poisson bootstrap) and over seeds. "
-        f"Tuning budget, for every arm on {r['tuned_on']} alone ({budget}). Teacher on all traffic: NE {spread(r['teacher'], 'ne')}, "
+        f"Tuning budget: every method the same, on {r['tuned_on']} alone (undistilled and distilled: {budget}). Teacher on all traffic: NE {spread(r['teacher'], 'ne')}, "
         f"AUC {spread(r['teacher'], 'auc')}, {r['teacher']['cpu_seconds']:.0f} CPU s. Supervision: "
         f"{r['supervision']['bytes_per_prediction']:.2f} bytes per example and task, {r['supervision']['bytes'] / 2**20:.2f} MiB per "
         "teacher.",
@@ -59,7 +59,7 @@ def table_section(r: Part) -> list[str]:
         "transfer ratio",
         "calibration error change, %",
         "by domain",
-        "training time",
+        "CPU time",
     )
     lines += rows(header, (_overall(arm, o) for arm, o in r["overall"].items()))
     for domain, d in r["domains"].items():
