@@ -106,7 +106,7 @@ def inspect(url: str) -> dict[str, Any]:
     """Facts of a stream, fit for JSON; one row group at a time is in memory. UserError where it is missing or damaged.
 
     schema; slices: state (missing, features, part labelled, labelled), rows, [t0, t1), share of observed labels and label rates,
-    seconds from t1 to the commit of every kind of files; features:
+    in a joined stream the seconds from t1 to the commit of every kind of files; features:
     type, share of nulls, distinct ids, mean list length, mean, std, min, max and share of NaN of numbers.
     """
     stream = open_stream(url)
@@ -148,12 +148,13 @@ def _slice(stream: Stream, index: int, statistics: dict[str, Ids | Numbers]) -> 
     for table in _groups(stream, features, tuple(statistics)):
         for name, column in statistics.items():
             column.add(column_array(table, name))
-    found = {"slice": index, "rows": features.rows, "t0": features.t0, "t1": features.t1}
+    found: dict[str, Any] = {"slice": index, "rows": features.rows, "t0": features.t0, "t1": features.t1}
     kinds = stream.label_kinds(stream.schema.labels)
     committed = [m for m in (stream.manifest(index, kind) for kind in kinds) if m is not None]
-    lag = {m.kind: m.extra["at"] - m.t1 for m in (features, *committed) if "at" in m.extra}
+    if "join" in stream.info.extra:
+        found["lag_s"] = {m.kind: m.extra["at"] - m.t1 for m in (features, *committed)}
     if not committed:
-        return found | {"state": "features", "lag_s": lag}
+        return found | {"state": "features"}
     rates: dict[str, dict[str, float | None]] = {}
     extra: dict[str, Any] = {}
     for labels in committed:
@@ -161,7 +162,7 @@ def _slice(stream: Stream, index: int, statistics: dict[str, Ids | Numbers]) -> 
         extra |= {key: value for key, value in labels.extra.items() if key != "at"}
     state = "labelled" if len(committed) == len(kinds) else "part labelled"
     rates = {task: rates[task] for task in stream.schema.labels if task in rates}
-    return found | {"state": state, "labels": rates, "extra": extra, "lag_s": lag}
+    return found | {"state": state, "labels": rates, "extra": extra}
 
 
 def _rates(stream: Stream, features: SliceManifest, labels: SliceManifest) -> dict[str, dict[str, float | None]]:

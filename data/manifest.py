@@ -142,6 +142,12 @@ class Stream:
             raise UserError(f"{folder} is empty (0 rows); drop the slice or prepare the stream with wider slices")
         return manifest
 
+    def newest(self, kind: str, since: int) -> int:
+        """The newest slice that has this kind, looked for from slice `since`, which has it; slices are committed in order."""
+        while self.fs.exists(f"{slice_folder(self.root, since + 1)}/{kind}/{MANIFEST}"):
+            since += 1
+        return since
+
     def wait(self, index: int, kind: str, wait_s: float) -> SliceManifest:
         """The manifest, waited for up to wait_s seconds; UserError after that."""
         found = wait_for(lambda: self.manifest(index, kind), wait_s)

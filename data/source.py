@@ -55,11 +55,13 @@ class SliceSource:
         number = next((n for n, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))
         number = min(number, len(own) - 1)
         ids = self.read(self.files[0], number, [self.id_column]).column(self.id_column).to_pylist()
-        there = f"{theirs[number].rows} rows of digest {theirs[number].id_digest}" if number < len(theirs) else "none"
+        there = (
+            f"{theirs[number].rows} rows of digest {theirs[number].id_digest}" if number < len(theirs) else "nothing"
+        )
         return (
-            f"{folder} (of stream '{other.stream}') does not belong to {self.files[0].folder} (of stream '{features.stream}'): their "
-            f"example ids or row groups differ. Row group {number} here: {len(ids)} rows of digest {own[number].id_digest}, first ids "
-            f"{', '.join(map(str, ids[:3]))}; there: {there}; write it again from this slice"
+            f"{folder} does not belong to {self.files[0].folder}: their example ids or row groups differ. Row group {number} of "
+            f"stream '{features.stream}' has {len(ids)} rows of digest {own[number].id_digest}, first ids {', '.join(map(str, ids[:3]))}; "
+            f"that of '{other.stream}' {there}; write it again from this slice"
         )
 
     @property

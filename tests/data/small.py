@@ -65,9 +65,9 @@ COLUMNS = BatchColumns(
 )
 
 
-def write_small(folder: Path, rows: tuple[int, ...], seed: int = 0) -> Stream:
+def write_small(folder: Path, rows: tuple[int, ...], seed: int = 0, schema: Schema = SCHEMA) -> Stream:
     """A stream of SCHEMA with the given number of rows per slice."""
     tables = [some_rows(n, seed + i, first_id=100_000 * i) for i, n in enumerate(rows)]
     edges = np.concatenate([[0], np.cumsum(rows)]).tolist()
     cuts = [Cut(edges[i], edges[i + 1], 1_000 + 100_000 * i, 1_000 + 100_000 * (i + 1)) for i in range(len(rows))]
-    return write_stream(str(folder), SCHEMA, pa.concat_tables(tables), cuts)
+    return write_stream(str(folder), schema, pa.concat_tables(tables), cuts)
