@@ -261,7 +261,5 @@ def test_supervision_of_another_stream_is_refused_with_the_first_ids(stream, log
     other = make_stream(tmp_path / "stream", (60, 60, 60, 60))
     hand_log(tmp_path / "log", other, by_id, range(4))
     raw = learner(tmp_path / "run", stream, tmp_path / "log")
-    message = (
-        "log/slice=000000 .* does not belong to .*/features .*70 rows of digest .* first ids 0, 10, 20; there: 60 rows"
-    )
+    message = "log/slice=000000 does not belong to .*/features: .*has 70 rows of digest .*, first ids 0, 10, 20; that of .* 60 rows"
     refused(raw, stream, message)
