@@ -97,6 +97,15 @@ def open_clock(config: ClockConfig, folder: str) -> Clock:
     return SimulatedClock(found["start"], found["speed"], found["anchor"])
 
 
+def clock_of(folder: str) -> Clock:
+    """The clock that the processes sharing `folder` agreed on: the simulated one that one of them opened, else the real one."""
+    fs, root = open_folder(folder)
+    if not fs.exists(f"{root}/clock.json"):
+        return RealClock()
+    found = read_json(fs, f"{root}/clock.json")
+    return SimulatedClock(found["start"], found["speed"], found["anchor"])
+
+
 def _create(fs: Filesystem, path: str, value: dict[str, float]) -> None:
     """Commit the file unless another process has."""
     if not isinstance(fs, LocalFileSystem):

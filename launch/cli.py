@@ -102,6 +102,32 @@ def train(
 
 
 @app.command()
+def score(
+    config: Path,
+    nproc: Annotated[int, typer.Option(help="ranks on this machine")] = 1,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="wait for slices and snapshots that are not there yet")
+    ] = False,
+    max_restarts: Annotated[int, typer.Option(help="restarts after a rank has failed")] = 3,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Log a teacher's predictions of slices whose labels need not exist yet; goes on where it stopped."""
+    from exfm.launch.local import LocalJob, run_jobs
+    from exfm.launch.progress import JobView
+    from exfm.trainer.score_config import ScoreConfig
+
+    job = LocalJob(config, nproc, tuple(sets or ()), max_restarts, follow)
+    if not isinstance(job.job, ScoreConfig):
+        raise UserError(f"{config} has no section 'score'; it is a job for `exfm train`")
+    with JobView(console, job.job.run.log_every_s) as view:
+        code = run_jobs([job], os.environ, view)
+    if as_json and code == 0:
+        _print(json.loads((job.folder / "summary.json").read_text()))
+    raise typer.Exit(code)
+
+
+@app.command()
 def stream(
     config: Annotated[Path, typer.Argument(help="YAML: jobs: [{config: FILE, nproc: N, set: [k=v]}]")],
     nproc: Annotated[int, typer.Option(help="ranks of the first job, if the file does not say")] = 1,
@@ -148,6 +174,22 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder")], as_json:
         raise UserError(f"{run} has no summary.json; give the folder of a finished run")
     path = write_report(run / "report.html", [run], None, f"exfm run {run.name}")
     _print({"report": str(path)}) if as_json else print(path)
+
+
+@app.command()
+def export(
+    where: Annotated[
+        str, typer.Argument(metavar="RUN|CONFIG", help="a run's folder, one of its commits, or its config")
+    ],
+    out: Annotated[Path, typer.Option(help="a new folder")],
+    rows: Annotated[str, typer.Option(help="how tables are stored: fp32, fp16 or int8")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Write a run's newest commit for serving, without distillation heads, and check that its logits are the trained model's."""
+    from exfm.launch.exporting import export_model, lines
+
+    spec = export_model(where, out, rows, Bars())
+    _print(spec) if as_json else print("\n".join(lines(out, spec)))
 
 
 @app.command()
@@ -219,6 +261,36 @@ def data_synth(
     synth(str(out), num_slices=slices, rows_per_slice=rows, seed=seed, progress=Bars())
     if as_json:
         _print(inspect(str(out)))
+
+
+@data_app.command("join")
+def data_join(
+    config: Annotated[Path, typer.Argument(help="YAML: inbox, out, schema_file, slice_s, label_windows, ...")],
+    follow: Annotated[bool, typer.Option(help="wait for more, until all slices are labelled")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Turn feature rows, and labels that arrive later, into a stream: labels are committed when their window closes."""
+    from exfm.launch.joining import run_join
+
+    code, counted = run_join(config, sets or [], follow, console)
+    if as_json:
+        _print(counted)
+    raise typer.Exit(code)
+
+
+@data_app.command("replay")
+def data_replay(
+    stream: Path,
+    inbox: Annotated[Path, typer.Option(help="folder for the files that `data join` reads")],
+    delay: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=SECONDS", help="how late a task's labels come")
+    ] = None,
+) -> None:
+    """Turn a finished stream into an inbox of feature rows and label events, to try `data join` with."""
+    from exfm.launch.joining import run_replay
+
+    run_replay(stream, inbox, delay or [])
 
 
 @data_app.command("inspect")

@@ -63,7 +63,7 @@ class Job:
         self.doing = doing or Doing()
         self.doing.phase = BUILDING
         self.folder = Path(config.run.folder)
-        self.stream: Stream = open_stream(config.stream.path)
+        self.stream: Stream = open_stream(config.stream.path, config.stream.labels)
         self.slices = slices_of(self.stream, config.stream)
         self.first_evaluated = self.slices.start + int(np.ceil(config.evaluation.skip * len(self.slices)))
         self.columns = batch_columns(config, self.stream)
@@ -84,6 +84,7 @@ class Job:
         tasks = config.heads.tasks
         self.teachers = None if learn is None else Teachers(learn, tasks, self.stream, self.slices.start)
         self.offsets = np.array(offsets, np.float32)
+        self.newest = self.slices.start  # labelled slice that rank 0 has seen
         self.learned_ids = 0
         self.scored = 0  # position of the next batch whose loss is seen
         self.guard = LossGuard(config.run.spike_factor)
@@ -95,7 +96,9 @@ class Job:
         if publish is None:
             return None
         log = SupervisionLog(str(self.folder / "supervision" / publish.teacher))
-        who = Identity(publish.teacher, self.config.digest(), self.config.heads.tasks, self.slices.start)
+        who = Identity(
+            publish.teacher, self.config.digest(), self.config.heads.tasks, self.slices.start, self.stream.generation
+        )
         return Publisher(log, who, self.stream)
 
     # ---------------------------------------------------------------- training
@@ -263,6 +266,8 @@ class Job:
         self.metrics.slice[:] = 0
         if self.publisher is not None:
             self.publisher.publish(p.slice, p.version, p.slice - 1)
+            assert self.config.distillation.publish is not None
+            self.publisher.expire(self.config.distillation.publish.ttl_s)
         digest = slice_digest(self.stream, p.slice, self.config.heads.tasks)
         p.version = next_version(p.version, self.config.digest(), digest)
         p.slice, p.consumed = p.slice + 1, 0

@@ -1,12 +1,12 @@
 """A teacher's logged predictions of one slice, brought from the ranks that made them to the ranks that write the parts."""
 
-import time
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from exfm.data.clock import clock_of
 from exfm.data.errors import UserError
 from exfm.data.manifest import SliceManifest, Stream
 from exfm.distillation.supervision import SupervisionLog, write_supervision_part
@@ -18,6 +18,7 @@ class Publisher:
 
     def __init__(self, log: SupervisionLog, who: Identity, stream: Stream, mode: str = "forward") -> None:
         self.log, self.who, self.stream, self.mode = log, who, stream, mode
+        self.clock = clock_of(stream.root)
         self.rows: list[np.ndarray] = []
         self.logits: list[np.ndarray] = []
 
@@ -47,7 +48,7 @@ class Publisher:
     def expire(self, ttl_s: float) -> None:
         """Remove what was committed more than ttl_s seconds ago; 0: nothing."""
         if ttl_s and dist.get_rank() == 0:
-            self.log.expire(time.time() - ttl_s)
+            self.log.expire(self.clock.now() - ttl_s)
 
     def _write(self, features: SliceManifest, pending: dict[str, np.ndarray], scored_by: str, watermark: int) -> None:
         ends = np.cumsum([part.rows for part in features.parts])
@@ -65,7 +66,7 @@ class Publisher:
         dist.all_gather_object(gathered, parts)
         if dist.get_rank() == 0:
             ordered = tuple(part for _, part in sorted(p for share in gathered for p in share))
-            self.log.commit(features, ordered, self.who, self.mode, scored_by, watermark, time.time())
+            self.log.commit(features, ordered, self.who, self.mode, scored_by, watermark, self.clock.now())
         dist.barrier()
 
 

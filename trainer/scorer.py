@@ -78,7 +78,7 @@ class Scorer:
         self.publisher = Publisher(self.supervision, who, self.stream, "snapshot")
         self.pipeline = EVAL_PIPELINES[config.run.pipeline](built.model, None, device)
         self.copies = HostCopies(device)
-        self.examples, self.seconds, self.step = 0, 0.0, 0
+        self.examples, self.seconds, self.step, self.newest = 0, 0.0, 0, 0
 
     def close(self) -> None:
         self.log.close()
@@ -265,6 +265,8 @@ class Scorer:
         manifest, features = self.supervision.manifest(index), self.stream.manifest(index, "features")
         assert manifest is not None and features is not None
         values["lag_s"] = float(manifest.extra["at"]) - float(features.extra.get("at", "nan"))
+        self.newest = self.stream.newest("features", max(self.newest, index))
+        values["behind_slices"] = self.newest - index
         values["slice_seconds"], values["rows"] = time.monotonic() - begun, rows
         self.log.record("score", self.step, values)
         self.log.say(

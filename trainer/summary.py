@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from exfm.data.clock import clock_of
 from exfm.data.commit import commit_json
 from exfm.data.reader import SliceReader
 from exfm.trainer.metrics import auc, replicate_calibration, replicate_ne, summarise
@@ -61,6 +62,7 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> dict[str, Any]:
     metrics = _by_group(job, sums)
     if ended:
         values["metrics"] = metrics
+        values |= _lag(job)
         if job.teachers is not None:
             values["teachers"] = job.teachers.end_slice(p.slice)
     job.log.record("slice" if ended else "progress", p.step, values)
@@ -70,6 +72,17 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> dict[str, Any]:
             f"{values['examples_per_s']:,.0f}/s  NE so far {so_far:.4f}  {values['seconds_left']:.0f} s left"
         )
     return metrics
+
+
+def _lag(job: "Job") -> dict[str, Any]:
+    """lag_s: seconds since the slice that just ended was labelled; behind_slices: labelled ones that wait."""
+    if job.env.rank != 0:
+        return {}
+    p, kinds = job.progress, job.stream.label_kinds(job.config.heads.tasks)
+    manifests = [job.stream.manifest(p.slice, kind) for kind in kinds]
+    job.newest = min(job.stream.newest(kind, max(job.newest, p.slice)) for kind in kinds)
+    labelled = max(float(m.extra.get("at", "nan")) for m in manifests if m is not None)
+    return {"lag_s": clock_of(job.stream.root).now() - labelled, "behind_slices": job.newest - p.slice}
 
 
 def write_summary(job: "Job") -> None:

@@ -85,6 +85,8 @@ class Teachers:
             return
         if log.manifest(index) is None:
             why = f"has no supervision in {log.root} after {self.learn.wait_s:g} s"
+            if (kept := log.slices()) and kept[0] > index:
+                why = f"has no supervision in {log.root} any more, which begins with slice {kept[0]} (ttl_s)"
         else:
             why = f"has supervision in {log.root} that is more than {self.learn.max_staleness} slices stale"
         if self.learn.on_missing == "fail":
