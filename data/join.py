@@ -158,8 +158,7 @@ class Joiner:
         slices, _ = self.held.known.find(self.held.events.ids)
         self._prune(slices)
         self.held.retire()
-        if self.finished and self.stream.info.num_slices is None:
-            self._take()
+        if self.next == self.config.slices and self.stream.info.num_slices is None:
             self.stream = commit_stream(self.config.out, self.schema, self.next, self.stream.info.extra)
         return lines
 

@@ -39,7 +39,7 @@ class JoinConfig(BaseModel):
     """The file of `exfm data join`. Times are in seconds, by `clock`.
 
     label_windows and negative_rates replace the schema's. start: where slice 0 begins (default: the first example's time, rounded
-    down to whole slices). slices: how many to make before the stream is sealed (default: no end).
+    down to whole slices). slices: how many to make; the stream is sealed with the last one's features (default: no end).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

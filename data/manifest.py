@@ -83,7 +83,7 @@ def slice_folder(root: str, index: int) -> str:
 
 
 class StreamInfo(BaseModel):
-    """stream.json. num_slices is None while the stream is still growing; extra["join"]: how a joiner makes it."""
+    """stream.json. num_slices is None while their number is open; extra["join"]: how a joiner makes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stream_schema: Schema
