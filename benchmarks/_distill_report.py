@@ -65,7 +65,7 @@ def table_section(r: Part) -> list[str]:
     for domain, d in r["domains"].items():
         lines += _domain(r["described"][domain], d)
     lines += ["Settings chosen:", ""]
-    lines += [f"- {arm}: {_settings(t['settings'])} (NE {t['ne']:.4f} there)" for arm, t in r["tuned"].items()]
+    lines += [f"- {arm}: {_settings(t['settings'])}" for arm, t in r["tuned"].items()]
     return [*lines, ""]
 
 

@@ -2,22 +2,38 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks._distill_runs import ARMS, GRID, LOSS_WEIGHT, UNDISTILLED, Runner, Teacher, Tuned, read, say, tune
 from benchmarks._distill_stats import Run, calibration_change, gain, means, plain, pooled, pooled_ratio, transfer
+from exfm.data.errors import UserError
 
 
-def settings(runner: Runner, trials: int, arms: Iterable[str]) -> dict[str, Tuned]:
-    """Every arm's setting, tuned on the study's tuning domain with the first seed's teacher."""
-    teacher = runner.teacher(0)
-    return {arm: tune(runner, arm, trials, teacher) for arm in arms}
+def settings(runner: Runner, trials: int, arms: Iterable[str], known: Path | None = None) -> dict[str, Tuned]:
+    """Every arm's setting, tuned on the study's tuning domain with the first seed's teacher.
+
+    known: distill.json of an earlier run, whose settings are taken instead. UserError where it had another budget.
+    """
+    if known is None:
+        teacher = runner.teacher(0)
+        return {arm: tune(runner, arm, trials, teacher) for arm in arms}
+    parts = json.loads(known.read_text()).values()
+    found: dict[str, Any] = next(
+        (p["tuned"] for p in parts if p.get("study") == runner.study.name and "tuned" in p), {}
+    )
+    if wrong := [arm for arm in arms if arm not in found or found[arm]["trials"] != min(trials, found[arm]["of"])]:
+        raise UserError(
+            f"{known} has no settings of {trials} trials on {runner.study.name} for {', '.join(wrong)}; leave out --tuned, or give "
+            "the file of a run with the same --trials"
+        )
+    return {arm: Tuned(**found[arm]) for arm in arms}
 
 
-def table(runner: Runner, seeds: int, trials: int) -> dict[str, Any]:
+def table(runner: Runner, seeds: int, trials: int, known: Path | None = None) -> dict[str, Any]:
     """Tune, run every arm with every seed on every reported domain, and compare."""
     study = runner.study
-    best = settings(runner, trials, ARMS)
+    best = settings(runner, trials, ARMS, known)
     teachers: list[Teacher] = []
     runs: dict[str, dict[str, list[Run]]] = {d: {arm: [] for arm in ARMS} for d in study.reported}
     for seed in range(seeds):

@@ -32,23 +32,23 @@ SWEEP_SEEDS = 3
 
 
 def part_table(o: argparse.Namespace, data_dir: str | None) -> Result:
-    return table(Runner(o.out, movielens(o.out, data_dir)), o.seeds, o.trials)
+    return table(Runner(o.out, movielens(o.out, data_dir)), o.seeds, o.trials, o.tuned)
 
 
 def part_renttherunway(o: argparse.Namespace, data_dir: str | None) -> Result:
-    return table(Runner(o.out, renttherunway(o.out, data_dir)), o.seeds, o.trials)
+    return table(Runner(o.out, renttherunway(o.out, data_dir)), o.seeds, o.trials, o.tuned)
 
 
 def part_staleness(o: argparse.Namespace, data_dir: str | None) -> Result:
     runner = Runner(o.out, movielens(o.out, data_dir))
     num_slices = open_stream(str(runner.study.stream)).info.num_slices
     assert num_slices is not None
-    return staleness(runner, min(o.seeds, SWEEP_SEEDS), settings(runner, o.trials, SWEEP_ARMS), num_slices)
+    return staleness(runner, min(o.seeds, SWEEP_SEEDS), settings(runner, o.trials, SWEEP_ARMS, o.tuned), num_slices)
 
 
 def part_sizes(o: argparse.Namespace, data_dir: str | None) -> Result:
     runner = Runner(o.out, movielens(o.out, data_dir))
-    tuned = settings(runner, o.trials, ARMS)
+    tuned = settings(runner, o.trials, ARMS, o.tuned)
     best = min((arm for arm in tuned if arm != UNDISTILLED), key=lambda arm: tuned[arm].ne)
     return sizes(runner, min(o.seeds, SWEEP_SEEDS), tuned, [best])
 
@@ -90,17 +90,20 @@ def main(args: list[str], data_dir: str | None = None) -> int:
 
 def options_of(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="exfm bench distill", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 4 trials")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, 4 trials, parts table and cost (15 minutes)")
     parser.add_argument("--seeds", type=int, help="number of seeds, at least 2 (default 5)")
     parser.add_argument("--trials", type=int, help=f"tuning trials per arm (default {TRIALS})")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--tuned", type=Path, help="distill.json of an earlier run, to take its settings and not tune again"
+    )
+    parser.add_argument("--parts", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/distill"))
     o = parser.parse_args(args)
     o.seeds = o.seeds or (2 if o.quick else 5)
     o.trials = o.trials or (4 if o.quick else TRIALS)
     if o.seeds < 2:
         raise UserError(f"--seeds is {o.seeds}; a deviation needs at least 2")
-    o.parts = o.parts.split(",")
+    o.parts = o.parts.split(",") if o.parts else ["table", "cost"] if o.quick else list(PARTS)
     if wrong := [p for p in o.parts if p not in PARTS]:
         raise UserError(f"--parts names {', '.join(wrong)}; there are: {', '.join(PARTS)}")
     return o
