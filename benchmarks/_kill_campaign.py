@@ -68,26 +68,26 @@ class Outcome:
 class Saves:
     """Sees saves from outside: folders without a manifest that were not there before and never had one."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.known = root, unfinished(root)
+    def __init__(self, root: Path, prefix: str = "step=") -> None:
+        self.root, self.prefix, self.known = root, prefix, unfinished(root, prefix)
 
     def running(self) -> set[tuple[str, int]]:
-        bare = unfinished(self.root)
+        bare = unfinished(self.root, self.prefix)
         # a committed folder loses its manifest before it is removed
-        self.known |= {(p.name, p.inode()) for p in _folders(self.root)} - bare
+        self.known |= {(p.name, p.inode()) for p in _folders(self.root, self.prefix)} - bare
         return bare - self.known
 
 
-def _folders(root: Path) -> list[os.DirEntry[str]]:
+def _folders(root: Path, prefix: str) -> list[os.DirEntry[str]]:
     try:
-        return [p for p in os.scandir(root) if p.name.startswith("step=")]
+        return [p for p in os.scandir(root) if p.name.startswith(prefix) and p.is_dir()]
     except FileNotFoundError:
         return []
 
 
-def unfinished(root: Path) -> set[tuple[str, int]]:
-    """(name, inode) of checkpoint folders without a manifest."""
-    return {(p.name, p.inode()) for p in _folders(root) if not os.path.exists(f"{p.path}/manifest.json")}
+def unfinished(root: Path, prefix: str = "step=") -> set[tuple[str, int]]:
+    """(name, inode) of folders `prefix`* without a manifest."""
+    return {(p.name, p.inode()) for p in _folders(root, prefix) if not os.path.exists(f"{p.path}/manifest.json")}
 
 
 class Draw:
@@ -128,8 +128,9 @@ class Campaign:
         """The undisturbed run of a job under a launcher, made once; the supervision that a student learns from comes first.
 
         Sums over 3 ranks of data-parallel tables end in another last bit under torchrun than in forked ranks, always the same
-        one: runs are compared with their own kind.
+        one: runs are compared with their own kind. Sums over 2 ranks cannot.
         """
+        torchrun &= job.ranks > 2
         folder = self.out / (job.name + "-torchrun" * torchrun)
         if folder.name in self.seconds:
             return folder
@@ -137,7 +138,7 @@ class Campaign:
             self.reference(self.teacher)
         crew: Any = (Torchrun if torchrun else Forked)(self._config(job, folder), job.ranks)
         begun = time.monotonic()
-        _wait(lambda: crew.ended(), LIFE_S)
+        wait(lambda: crew.ended(), LIFE_S)
         self.seconds[folder.name] = time.monotonic() - begun
         codes = crew.codes()
         crew.close()
@@ -188,10 +189,10 @@ class Campaign:
                     break
                 read, step = self._bury(outcome, job, run, aim, saves, read, step)
                 crew.revive()
-            if not _wait(crew.ended, LIFE_S):
+            if not wait(crew.ended, LIFE_S):
                 outcome.blame("failed", f"hangs; see {run}/logs/ranks.log")
             elif not crew.succeeded():
-                outcome.blame("failed", f"ended with {crew.codes()}: {_word(run)}")
+                outcome.blame("failed", f"ended with {crew.codes()}: {word_of(run)}")
             else:
                 self._check(outcome, job, run, read, step)
         finally:
@@ -247,9 +248,9 @@ def _strike(crew: Any, aim: Aim, run: Path, saves: Saves, seconds: float) -> boo
     if crew.life_begins_with:
         sign = run / crew.life_begins_with
         before = sign.stat().st_mtime_ns if crew.life else 0
-        _wait(lambda: crew.ended() or (sign.exists() and sign.stat().st_mtime_ns > before), LIFE_S, 0.01)
+        wait(lambda: crew.ended() or (sign.exists() and sign.stat().st_mtime_ns > before), LIFE_S, 0.01)
     moment = time.monotonic() + aim.moment * seconds
-    _wait(lambda: (saves.running(), crew.ended() or time.monotonic() >= moment)[1], LIFE_S, 0.005)
+    wait(lambda: (saves.running(), crew.ended() or time.monotonic() >= moment)[1], LIFE_S, 0.005)
     if aim.when == "save":
         _find_save(crew, saves, aim.delay_s)
     pids = crew.ranks()
@@ -269,14 +270,14 @@ def _find_save(crew: Any, saves: Saves, delay_s: float) -> None:
         time.sleep(0.001)
 
 
-def _wait(over: Callable[[], bool], limit_s: float, poll_s: float = 0.02) -> bool:
+def wait(over: Callable[[], bool], limit_s: float, poll_s: float = 0.02) -> bool:
     deadline = time.monotonic() + limit_s
     while not (done := over()) and time.monotonic() < deadline:
         time.sleep(poll_s)
     return done
 
 
-def _word(run: Path) -> str:
+def word_of(run: Path) -> str:
     """Why a job failed: exit.json's message."""
     try:
         return json.loads((run / "exit.json").read_text())["message"]

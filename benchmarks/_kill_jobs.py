@@ -14,6 +14,8 @@ from exfm.checkpoints.commits import Committed, chain, committed
 from exfm.checkpoints.derive import merged_items
 from exfm.checkpoints.sources import Buffers
 from exfm.data.errors import UserError
+from exfm.data.manifest import MANIFEST
+from exfm.trainer.teachers import LAG
 
 Raw = dict[str, Any]
 GLOBAL_BATCH = 32
@@ -134,7 +136,7 @@ def differences(run: Path, reference: Path) -> list[str]:
     ours, theirs = (committed(folder / "checkpoints")[-1] for folder in (run, reference))
     # the ledger says how often a job was started; random states differ between launchers and decide nothing here
     own = (".ledger", ".random/cpu")
-    a, b = ({n: t for n, t in whole_state(c).items() if not n.endswith(own)} for c in (ours, theirs))
+    a, b = ({n: _timeless(n, t) for n, t in whole_state(c).items() if not n.endswith(own)} for c in (ours, theirs))
     found = _differing(a, b, torch.equal)
     keys = ("step", "position", "version", "optimizer_steps", "examples")
     found += [f"manifest {key}" for key in keys if ours.manifest[key] != theirs.manifest[key]]
@@ -142,16 +144,34 @@ def differences(run: Path, reference: Path) -> list[str]:
     found += [f"summary {key}" for key in SCORES if json.dumps(one[key]) != json.dumps(other[key])]
     with np.load(run / "bootstrap.npz") as x, np.load(reference / "bootstrap.npz") as y:
         found += _differing(dict(x), dict(y), lambda p, q: p.tobytes() == q.tobytes())
-    return found + _differing(_supervision(run), _supervision(reference), lambda p, q: p == q)
+    return found + differing_logs(run, reference)
+
+
+def differing_logs(run: Path, reference: Path) -> list[str]:
+    """Files of the runs' supervision that are not alike."""
+    return _differing(_supervision(run), _supervision(reference), lambda p, q: p == q)
+
+
+def _timeless(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A student's record of its teachers without how late they were: that depends on the day."""
+    if name.endswith(".progress/teachers"):
+        tensor[..., LAG] = 0
+    return tensor
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any], equal: Any) -> list[str]:
     return [k for k in sorted({*a, *b}) if k not in a or k not in b or not equal(a[k], b[k])]
 
 
-def _supervision(run: Path) -> dict[str, bytes]:
-    root = run / "supervision"
-    return {str(p.relative_to(run)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+def _supervision(run: Path) -> dict[str, Any]:
+    """What was logged, without the time of the commits."""
+    files: dict[str, Any] = {}
+    for path in (p for kind in ("parquet", "json") for p in (run / "supervision").rglob(f"*.{kind}")):
+        files[str(path.relative_to(run))] = payload = path.read_bytes()
+        if path.name == MANIFEST:
+            manifest = json.loads(payload)
+            files[str(path.relative_to(run))] = manifest | {"extra": manifest["extra"] | {"at": None}}
+    return files
 
 
 def steps_done(metrics: Path, start: int = 0, stop: int | None = None) -> list[int]:
