@@ -4,6 +4,7 @@ Both offer: ranks() -> living processes in the order of their ranks; ended(); se
 hit is left; succeeded(); revive(): the next life; codes(); close().
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -19,9 +20,11 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
+from exfm.launch.local import LocalJob, descendants
 from exfm.trainer.config import JobConfig, parse_config
 from exfm.trainer.env import RankEnv
 from exfm.trainer.run import rank_main
+from exfm.trainer.score_config import ScoreConfig
 
 GRACE_S = 4.0  # between SIGTERM and SIGKILL for ranks whose peer died
 COLLECTIVE_S = 60.0
@@ -37,7 +40,8 @@ def warm_up() -> None:
     # for the server alone: it must have no threads when it forks, and BLAS would start some
     os.putenv("OMP_NUM_THREADS", "1")
     # what is installed: the server does not know this process's sys.path
-    SERVER.set_forkserver_preload(["exfm.trainer.run", "exfm.launch.cli"])
+    # torch.distributed.optim: TorchRec imports it late, and it compiles for half a second
+    SERVER.set_forkserver_preload(["exfm.trainer.run", "exfm.launch.cli", "torch.distributed.optim"])
     forkserver.ensure_running()
 
 
@@ -52,11 +56,12 @@ def _be_rank(
     try:
         if prepare is not None:
             prepare()
-        config = parse_config(raw, "the campaign's job", JobConfig)
+        kind: Any = ScoreConfig if "score" in raw else JobConfig
+        config = parse_config(raw, "the campaign's job", kind)
         timeout = timedelta(seconds=COLLECTIVE_S)
         group = dist.FileStore(store, world_size)
         dist.init_process_group("gloo", timeout=timeout, store=group, rank=rank, world_size=world_size)
-        code = rank_main(config, RankEnv(rank, world_size, rank, world_size, life, True, f"life-{life}"))
+        code = rank_main(config, RankEnv(rank, world_size, rank, world_size, life, True, f"life-{life}"), follow=True)
         dist.destroy_process_group()
     except Exception:
         traceback.print_exc()
@@ -72,7 +77,8 @@ class Forked:
 
     def __init__(self, raw: Raw, world_size: int, prepare: Callable[[], None] | None = None) -> None:
         self.raw, self.world_size, self.prepare = raw, world_size, prepare
-        self.folder = Path(raw["run"]["folder"]) / "logs"
+        self.run = Path(raw["run"]["folder"])
+        self.folder = self.run / "logs"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.life, self.forced = -1, 0
         self.processes: list[Any] = []
@@ -95,6 +101,9 @@ class Forked:
     def ranks(self) -> list[int]:
         return [p.pid for p in self.processes if p.exitcode is None]
 
+    def begun(self) -> bool:
+        return True
+
     def ended(self) -> bool:
         return not self.ranks()
 
@@ -110,6 +119,10 @@ class Forked:
                 self.forced += 1
                 process.kill()
             process.join()
+
+    def kill(self) -> None:
+        for pid in self.ranks():
+            os.kill(pid, signal.SIGKILL)
 
     def succeeded(self) -> bool:
         return self.ended() and not any(self.codes())
@@ -178,3 +191,78 @@ class Torchrun:
             for pid in ranks:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Launched:
+    """A job as `exfm run` launches it: torchrun starts ranks again; a job that was killed whole is launched anew."""
+
+    forced = 0
+
+    def __init__(self, raw: Raw, world_size: int) -> None:
+        self.run, self.world_size = Path(raw["run"]["folder"]), world_size
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.config = self.run / "job.yaml"
+        self.config.write_text(yaml.safe_dump(raw))
+        self.hit: list[int] = []
+        self.launch()
+
+    def launch(self) -> None:
+        self.since = time.time()
+        self.job = LocalJob(self.config, self.world_size, max_restarts=100, follow=True)
+        self.job.check()
+        self.job.start({"PATH": os.defpath})
+
+    def begun(self) -> bool:
+        """Whether rank 0 of the present life is past importing, building and restoring."""
+        config = self.run / "config.yaml"
+        return config.exists() and config.stat().st_mtime > self.since
+
+    def ranks(self) -> list[int]:
+        assert self.job.process is not None
+        commands = {}
+        for pid in descendants(self.job.process.pid):
+            with contextlib.suppress(OSError):
+                commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+        self.hit = [pid for pid, command in commands.items() if b"exfm.trainer" in command]
+        return self.hit
+
+    def ended(self) -> bool:
+        self.job.settle()
+        return not self.job.running()
+
+    def kill(self) -> None:
+        """torchrun too."""
+        assert self.job.process is not None
+        self.job.kill()
+        self.job.process.wait()
+
+    def settle(self) -> None:
+        """Wait until the ranks of this life are gone."""
+        wait_gone(self.hit, self.ended)
+
+    def revive(self) -> None:
+        self.since = time.time()
+        if self.ended():
+            self.launch()
+
+    def succeeded(self) -> bool:
+        return self.ended() and self.codes() == [0]
+
+    def codes(self) -> list[int]:
+        return [self.job.outcome()[0]]
+
+    def close(self) -> None:
+        self.kill()
+
+
+def wait_gone(pids: list[int], ended: Callable[[], bool]) -> None:
+    """Until none of the processes is there any more (a zombie is not), or all has ended."""
+    while not ended() and any(_alive(pid) for pid in pids):
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

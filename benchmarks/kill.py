@@ -5,6 +5,12 @@ SIGKILL: two thirds anywhere in the time that the undisturbed job takes, a third
 manifest). The others are ended as torchrun does it, all start again, until the job is done. Then weights, optimisers, metrics
 and published supervision must be bitwise those of the undisturbed job, and the ledger must be clean. Ranks are forked
 from a server that has imported everything; one run in ten goes through torchrun --max-restarts. Writes kills.md and kills.json.
+
+--loop: instead, a teacher, a scorer that follows it and three students run together; one rank or the whole of any of them is
+killed, a third of the times while it writes a commit, a snapshot or a slice of a log, and started again, until all have ended
+and so many kills have hit. Then every example must have exactly one committed prediction per log and every job must have
+learned every example of its domain exactly once, with logits and weights bitwise those of an undisturbed loop. The second
+loop goes through `exfm run`'s launcher. Writes loop_kills.md and loop_kills.json.
 """
 
 import argparse
@@ -21,8 +27,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import _kill_loop_report
 from benchmarks._kill_campaign import Campaign, Outcome
 from benchmarks._kill_jobs import draw_jobs
+from benchmarks._kill_loop import LoopOutcome, Loops, play_all
+from benchmarks._kill_loop_jobs import LoopSize
 from benchmarks._kill_ranks import warm_up
 from exfm.data.errors import UserError
 
@@ -44,16 +53,58 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     parser.add_argument("--runs", type=int, help="default 100, with --quick 10")
     parser.add_argument("--quick", action="store_true", help="10 runs of smaller jobs")
     parser.add_argument("--seed", type=int, default=0, help="of jobs, victims and moments")
+    parser.add_argument("--loop", action="store_true", help="teacher, scorer and students together")
+    parser.add_argument("--kills", type=int, help="of --loop: in all, default 100, with --quick 6")
     parser.add_argument("--only", type=int, metavar="N", help="run number N alone")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/kill"))
     options = parser.parse_args(args)
+    if options.loop:
+        return _main_loop(options)
     runs = options.runs if options.runs is not None else (10 if options.quick else 100)
     if runs < 1:
         raise UserError(f"--runs is {runs}; at least 1 is needed")
     result = campaign(options.out, runs, options.quick, options.seed, options.only)
     print(json.dumps(result, indent=1) if options.json else markdown(result))
     return 1 if result["wrong"] else 0
+
+
+def _main_loop(options: argparse.Namespace) -> int:
+    kills = options.kills if options.kills is not None else (6 if options.quick else 100)
+    if kills < 1:
+        raise UserError(f"--kills is {kills}; at least 1 is needed")
+    result = loop_campaign(options.out, kills, options.quick, options.seed)
+    print(json.dumps(result, indent=1) if options.json else _kill_loop_report.markdown(result))
+    if result["kills"] < kills:
+        console.print(f"only {result['kills']} of {kills} kills hit: the jobs ended before", highlight=False)
+    return 1 if result["wrong"] or result["kills"] < kills else 0
+
+
+def loop_campaign(out: Path, kills: int, quick: bool, seed: int) -> dict[str, Any]:
+    """Play loops until so many kills have hit; the numbers, also in loop_kills.json and loop_kills.md."""
+    begun = time.monotonic()
+    warm_up()
+    scratch = out / "loops"
+    shutil.rmtree(scratch, ignore_errors=True)
+    loops = Loops(scratch, LoopSize(3, 250, 1) if quick else LoopSize(5, 400, 2), seed)
+    console.print(f"the undisturbed loop took {loops.undisturbed.seconds:.0f} s", highlight=False)
+    outcomes: list[LoopOutcome] = []
+    result: dict[str, Any] = {}
+    for outcome in play_all(loops, kills, 6 if quick else 11, 0 if quick else 10):
+        outcomes.append(outcome)
+        result = _kill_loop_report.summarise(outcomes, loops.undisturbed, seed, time.monotonic() - begun)
+        (out / "loop_kills.json").write_text(json.dumps(result, indent=1))
+        (out / "loop_kills.md").write_text(_kill_loop_report.markdown(result))
+        facts = f"{result['kills']}/{kills} kills, {result['wrong']} wrong"
+        line = (
+            f"loop {outcome.number} ({outcome.launcher}, {outcome.seconds:.0f} s): {len(outcome.kills)} kills; {facts}"
+        )
+        console.print(line, highlight=False, soft_wrap=True)
+        for kind, messages in outcome.problems.items():
+            console.print(f"loop {outcome.number}: {kind}: {messages[0]}", markup=False, soft_wrap=True)
+    if not result["wrong"]:
+        shutil.rmtree(scratch)
+    return result
 
 
 def campaign(
@@ -64,7 +115,7 @@ def campaign(
     warm_up()
     scratch = out / "work"
     shutil.rmtree(scratch, ignore_errors=True)
-    slices, rows = (4, 330) if quick else (6, 550)
+    slices, rows = (3, 250) if quick else (6, 550)
     played = Campaign(scratch, draw_jobs(3 if quick else 12, seed), slices, rows, seed, prepare)
     numbers = range(runs) if only is None else [only]
     outcomes: list[Outcome] = []
