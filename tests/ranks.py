@@ -1,7 +1,7 @@
 """`on_ranks(n, fn, *args)`: a module-level function on n gloo ranks, in processes that live as long as the test session.
 
-Every call makes a process group of its own through a file. Importing torchrec takes seconds, so the processes are kept; they
-are killed, and started anew, only where a call hangs or dies.
+Every call makes a process group of its own through a file. Importing torchrec takes seconds, so a server that has done it forks
+the processes, and they are kept; they are killed, and started anew, only where a call hangs or dies.
 """
 
 import faulthandler
@@ -30,6 +30,15 @@ class RankFailed(AssertionError):
     def __init__(self, message: str, errors: dict[int, BaseException]) -> None:
         super().__init__(message)
         self.errors = errors
+
+
+def forking() -> Any:
+    """The context of processes that are forked from a server which has imported what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    # for the server alone: it must have no threads when it forks, and BLAS would start some
+    os.putenv("OMP_NUM_THREADS", "1")
+    context.set_forkserver_preload(["exfm.trainer.run", "exfm.launch.cli", "torch.distributed.optim"])
+    return context
 
 
 def _serve(pipe: Connection, stacks: str) -> None:
@@ -103,7 +112,7 @@ class RankPool:
         self._grow(EAGER_RANKS)
 
     def _grow(self, n: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         for rank in range(len(self.pipes), n):
             own, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, str(self._stacks(rank))), daemon=True)

@@ -29,19 +29,15 @@ def run_there(raw: Raw, stop_after: int, settings: dict[str, str]) -> int:
     return run(raw, stop_after)[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_job_with_deltas_and_snapshots_in_a_bucket_stops_and_resumes_bitwise(
-    ranks, stream, s3_url, tmp_path, on_ranks
-):
+def test_a_job_with_deltas_and_snapshots_in_a_bucket_stops_and_resumes_bitwise(stream, s3_url, tmp_path, on_ranks):
     whole = job(tmp_path / "whole", stream)
     folders = {"folder": f"{s3_url}/checkpoints", "snapshots": {"folder": f"{s3_url}/snapshots", "full_every": 3}}
     section = {"every_slices": 1, "full_every": 4, "keep": 3, **folders}
     raw = replaced(whole, run__folder=str(tmp_path / "run"), checkpoint=section)
-    on(on_ranks, ranks, whole)
+    on(on_ranks, 2, whole)
     settings = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
     for stop_after, code in ((7, STOPPED), (0, DONE)):
-        codes = [run(raw, stop_after)[0]] if ranks == 1 else on_ranks(ranks, run_there, raw, stop_after, settings)
-        assert set(codes) == {code}
+        assert set(on_ranks(2, run_there, raw, stop_after, settings)) == {code}
     assert same(last_state(whole), weights(section["folder"])) == []
     assert scores(whole) == scores(raw)
     assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/snapshots").exists()
