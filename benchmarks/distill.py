@@ -90,7 +90,7 @@ def main(args: list[str], data_dir: str | None = None) -> int:
 
 def options_of(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="exfm bench distill", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 4 trials, parts table and cost (15 minutes)")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, 4 trials, parts table and cost")
     parser.add_argument("--seeds", type=int, help="number of seeds, at least 2 (default 5)")
     parser.add_argument("--trials", type=int, help=f"tuning trials per arm (default {TRIALS})")
     parser.add_argument(
