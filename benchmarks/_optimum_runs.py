@@ -1,10 +1,7 @@
-"""Streams, teachers and fleets of students of `exfm bench optimum`; what is there is not made again."""
+"""Streams, what teachers say, and fleets of students of `exfm bench optimum`; what is there is not made again."""
 
-import contextlib
 import hashlib
-import io
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -24,15 +21,12 @@ from benchmarks._optimum_worlds import (
     Truth,
     biased,
     known_logits,
-    logged,
     make_place,
     read_truth,
     score,
 )
 from exfm.launch.demo import CONFIGS
 from exfm.trainer.config import JobConfig, parse_config
-from exfm.trainer.env import RankEnv
-from exfm.trainer.run import run_job
 
 UNDISTILLED = "undistilled"
 FAINT, STRONG = (0.1, 0.3, 1.0, 3.0), (0.3, 1.0, 3.0, 10.0)
@@ -43,7 +37,6 @@ ARMS: dict[str, tuple[str, str, tuple[float, ...]]] = {  # method, fit of the ad
     "AH+SA": ("student_adapter", "current", STRONG),
 }
 ADAPTER_LR = 0.03
-TEACHER = {"stream.global_batch": 512, "optim.dense.lr": 0.004}
 STUDENT = {"stream.first": FIRST, "stream.global_batch": 64, "optim.dense.lr": 0.004}
 MOST = 120  # students of a fleet
 
@@ -51,16 +44,16 @@ Results = dict[str, dict[str, dict[str, float]]]  # condition -> arm and weight 
 
 
 class Bench:
-    """One folder of streams, teachers and results."""
+    """One folder of streams and results."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         (out / "results").mkdir(parents=True, exist_ok=True)
 
     @cached_property
-    def configs(self) -> dict[str, dict[str, Any]]:
-        kinds = ("teacher", "student")
-        return {kind: yaml.safe_load((CONFIGS / f"synth_{kind}.yaml").read_text()) for kind in kinds}
+    def config(self) -> dict[str, Any]:
+        """The students' config."""
+        return dict(yaml.safe_load((CONFIGS / "synth_student.yaml").read_text()))
 
     def place(self, condition: Condition, seed: int) -> Path:
         """Folder of all that belongs to one seed of a world, with its stream."""
@@ -68,32 +61,10 @@ class Bench:
         make_place(folder, condition.settings(seed))
         return folder
 
-    # ---------------------------------------------------------------- teachers
-
     def says(self, condition: Condition, seed: int) -> NDArray[np.float32]:
         """The logits [s, n] that a condition's students learn from."""
-        place = self.place(condition, seed)
-        if condition.learned:
-            logits = self._learned(condition, place, seed)
-        else:
-            logits = known_logits(condition, condition.settings(seed), read_truth(place))
+        logits = known_logits(condition, condition.settings(seed), read_truth(self.place(condition, seed)))
         return biased(condition, logits).astype(np.float32)
-
-    def _learned(self, condition: Condition, place: Path, seed: int) -> Any:
-        """What a Wukong that learns all traffic logs in its forward pass."""
-        folder = place / ("blind" if condition.blind else "teacher")
-        if not (folder / "summary.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            raw = json.loads(json.dumps(self.configs["teacher"]))
-            if condition.blind:
-                raw["features"]["sparse"] = [f for f in raw["features"]["sparse"] if f["name"] != "domain"]
-                del raw["tables"]["domain"]
-            changes = {"run.seed": seed, "stream.path": str(place / "stream"), "checkpoint": {"every_slices": 1000}}
-            with contextlib.redirect_stderr(io.StringIO()):
-                run_job(job(raw, folder, TEACHER | changes), RankEnv())
-        return logged(folder / "supervision" / "teacher", 0, WORLD["num_slices"])
-
-    # ---------------------------------------------------------------- students
 
     def student(self, condition: Condition, seed: int, learn: dict[str, Any] | None = None) -> JobConfig:
         """The job of a condition's student; its supervision is wherever `learn` says."""
@@ -105,7 +76,7 @@ class Bench:
             "stream.domain": condition.domain["name"],
             "distillation": {"learn": {"adapter": {"lr": ADAPTER_LR}} | learn} if learn else {},
         }
-        return job(self.configs["student"], self.out / "student", STUDENT | changes)
+        return job(self.config, self.out / "student", STUDENT | changes)
 
     def results(self, conditions: Sequence[Condition], seed: int) -> Results:
         """Scores of all arms and weights under conditions of one world and domain, and of the teachers."""
@@ -116,7 +87,7 @@ class Bench:
         return {c.key: json.loads(self._cache(c, seed).read_text()) for c in conditions}
 
     def _cache(self, condition: Condition, seed: int) -> Path:
-        about = [asdict(condition), seed, ARMS, ADAPTER_LR, WORLD, TEACHER, STUDENT, self.configs]
+        about = [asdict(condition), seed, ARMS, ADAPTER_LR, WORLD, STUDENT, self.config]
         return (
             self.out / "results" / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}.json"
         )

@@ -11,7 +11,7 @@ LEVEL = 0.95
 PAIRS = (
     ("single head", "undistilled"),
     ("AH", "single head"),
-    ("AH twice", "AH"),
+    ("AH+SA", "AH"),
     ("AH+SA", "AH twice"),
 )  # better by how much: the first of the pair over the second
 
@@ -71,7 +71,10 @@ def summarise(
             for arm, runs in row["runs"].items()
         }
         teacher = {k: float(np.mean([t[k] for t in row["teachers"]])) for k in ("excess", "calibration")}
-        gains = {f"{a} over {b}": paired(ne[b], ne[a], comparisons) for a, b in PAIRS}
+        others = {arm: [1000 * r["excess"] for r in runs] for arm, runs in row["runs_others"].items()}
+        gains, by_others = (
+            {f"{a} over {b}": paired(scores[b], scores[a], comparisons) for a, b in PAIRS} for scores in (ne, others)
+        )
         conditions.append(
             {
                 "condition": row["condition"],
@@ -79,7 +82,9 @@ def summarise(
                 "teacher": teacher | {"excess": 1000 * teacher["excess"]},
                 "arms": arms,
                 "gains": gains,
+                "gains_tuned_on_the_other_seeds": by_others,
                 "by_seed": ne,
+                "every_weight": row["every_weight"],
             }
         )
     return {
@@ -131,7 +136,22 @@ def markdown(r: dict[str, Any]) -> str:
             cells.append(f"{a['excess']:.1f}" + (f" ({a['loss_weight']:g})" if a["loss_weight"] else ""))
         cells += [_gain(g) for g in c["gains"].values()]
         lines.append(f"| {c['condition']['name']} | {' | '.join(cells)} |")
+    lines += ["", *_others(r)]
     return "\n".join(lines) + "\n"
+
+
+def _others(r: dict[str, Any]) -> list[str]:
+    """The gains with less chance in the choice of weights."""
+    lines = [
+        "The same gains where each seed's loss weights are those that were best on the mean of the other seeds:",
+        "",
+        f"| condition | {' | '.join(f'{a} over {b}' for a, b in PAIRS)} |",
+        "|" + "---|" * (1 + len(PAIRS)),
+    ]
+    for c in r["conditions"]:
+        gains = " | ".join(_gain(g) for g in c["gains_tuned_on_the_other_seeds"].values())
+        lines.append(f"| {c['condition']['family']}, {c['condition']['name']} | {gains} |")
+    return lines
 
 
 # ---------------------------------------------------------------- the figure

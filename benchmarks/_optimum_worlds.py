@@ -38,7 +38,7 @@ class Condition:
     """What differs from the plain case: a teacher that knows the truth, in a world without drift.
 
     Its logits z become scale x z + shift, and + swing or - swing in turns. lag: it knows the preferences of so many slices ago.
-    blind: it sees no domain, and knows their mean. learned: in its place is a Wukong that learns all traffic.
+    blind: it sees no domain, and knows their mean.
     """
 
     family: str
@@ -50,7 +50,6 @@ class Condition:
     swing: float = 0.0
     lag: int = 0
     blind: bool = False
-    learned: bool = False
 
     @property
     def key(self) -> str:
@@ -91,7 +90,7 @@ def make_place(folder: Path, world: World) -> None:
     synth(str(folder / "stream"), **vars(world))
     slices = list(generate(world))
     names = {"domain": "domain", "user": "user_id", "item": "item_id"}
-    ids = {n: np.stack([s.table.column(c).to_numpy() for s in slices]) for n, c in names.items()}
+    ids: dict[str, Any] = {n: np.stack([s.table.column(c).to_numpy() for s in slices]) for n, c in names.items()}
     np.savez(folder / "truth.npz", probability=np.stack([s.probability[:, 0] for s in slices]), **ids)
 
 
