@@ -105,20 +105,20 @@ class Loops:
         self.stream, self.reference = str(out / "stream"), out / "undisturbed"
         synth(self.stream, num_slices=size.slices, rows_per_slice=size.rows, num_users=150, num_items=60, seed=seed)
         outcome = LoopOutcome(-1, "forked")
-        self._run(outcome, self.reference, [])
+        self._run(outcome, self.reference, [], 0)
         if not outcome.problems:
             self._check(outcome, self.reference)
         if outcome.problems:
             raise RuntimeError(f"the undisturbed loop: {outcome.problems}")
         self.undisturbed, self.whole = outcome, steps_bytes(self.reference)
 
-    def play(self, number: int, kills: int, launcher: str = "forked") -> LoopOutcome:
-        """One loop with up to so many kills; fewer where the jobs end before."""
+    def play(self, number: int, aims: int, kills: int, launcher: str = "forked") -> LoopOutcome:
+        """One loop in which so many kills are tried and at most `kills` hit; fewer where the jobs end before."""
         outcome = LoopOutcome(number, launcher)
         folder = self.out / f"loop-{number:03d}"
         shutil.rmtree(folder, ignore_errors=True)
         begun = time.monotonic()
-        self._run(outcome, folder, draw_aims(number, self.seed, kills))
+        self._run(outcome, folder, draw_aims(number, self.seed, aims), kills)
         if not outcome.problems:
             self._check(outcome, folder)
         outcome.seconds = time.monotonic() - begun
@@ -126,7 +126,7 @@ class Loops:
             shutil.rmtree(folder)
         return outcome
 
-    def _run(self, outcome: LoopOutcome, folder: Path, aims: list[LoopAim]) -> None:
+    def _run(self, outcome: LoopOutcome, folder: Path, aims: list[LoopAim], kills: int) -> None:
         begun = time.monotonic()
         launch: Callable[[Any, int], Any] = Launched if outcome.launcher == "torchrun" else Forked
         manifests, crews = Manifests(folder), {}
@@ -138,6 +138,8 @@ class Loops:
                     break
                 time.sleep(aim.pause_s)
                 _strike(crews, folder, aim, outcome)
+                if len(outcome.kills) == kills:
+                    break
             _pump(crews, manifests, outcome, lambda: False)
             if not outcome.problems and any(not crew.succeeded() for crew in crews.values()):
                 hangs = [name for name, crew in crews.items() if not crew.ended()]
@@ -224,7 +226,7 @@ def play_all(loops: Loops, kills: int, per_loop: int, torchrun_every: int) -> It
     left, number, idle = kills, 0, 0
     while left > 0 and idle < 5:
         launcher = "torchrun" if torchrun_every and number % torchrun_every == 1 else "forked"
-        outcome = loops.play(number, min(per_loop, left), launcher)
+        outcome = loops.play(number, per_loop, left, launcher)
         left, number = left - len(outcome.kills), number + 1
         idle = 0 if outcome.kills else idle + 1
         yield outcome

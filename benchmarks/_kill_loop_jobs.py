@@ -27,7 +27,7 @@ TEACHER, SCORER = "teacher", "scorer"
 STUDENTS: dict[str, tuple[tuple[int, ...], int]] = {"single": ((0,), 0), "auxiliary": ((1, 2), 1), "adapter": ((), 0)}
 # log -> where it lies in a loop's folder and its first slice: the scorer has no snapshot for the first one
 LOGS = {"forward": ("teacher/supervision/fm", 0), "scored": ("scorer/supervision/fm-scored", 1)}
-# a third is inside a delta's chain, for commits and for snapshots
+# full commits, deltas and compaction, under every staging
 CHECKPOINTS: dict[str, Raw] = {
     "teacher": {
         "every_slices": 1,

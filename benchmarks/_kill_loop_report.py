@@ -77,5 +77,5 @@ def _counts(values: dict[str, int]) -> str:
 
 
 def _victims(values: dict[str, int]) -> dict[str, int]:
-    names = {"one": "one rank", "all": "the whole job, with its torchrun"}
+    names = {"one": "one rank", "all": "the whole job (under torchrun: with it)"}
     return {names[key]: n for key, n in values.items()}

@@ -90,7 +90,7 @@ def loop_campaign(out: Path, kills: int, quick: bool, seed: int) -> dict[str, An
     console.print(f"the undisturbed loop took {loops.undisturbed.seconds:.0f} s", highlight=False)
     outcomes: list[LoopOutcome] = []
     result: dict[str, Any] = {}
-    for outcome in play_all(loops, kills, 6 if quick else 11, 0 if quick else 10):
+    for outcome in play_all(loops, kills, 9 if quick else 11, 0 if quick else 10):
         outcomes.append(outcome)
         result = _kill_loop_report.summarise(outcomes, loops.undisturbed, seed, time.monotonic() - begun)
         (out / "loop_kills.json").write_text(json.dumps(result, indent=1))
@@ -103,7 +103,7 @@ def loop_campaign(out: Path, kills: int, quick: bool, seed: int) -> dict[str, An
         for kind, messages in outcome.problems.items():
             console.print(f"loop {outcome.number}: {kind}: {messages[0]}", markup=False, soft_wrap=True)
     if not result["wrong"]:
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 

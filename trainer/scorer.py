@@ -103,7 +103,9 @@ class Scorer:
     def _last(self, index: int) -> int | None:
         """One past the last slice, looked up anew while the stream is still growing."""
         if self.scored.last is None:
-            self.stream = self.scored.stream = from_rank_0(lambda: open_stream(self.job.stream.path, self.job.stream.labels))
+            self.stream = self.scored.stream = from_rank_0(
+                lambda: open_stream(self.job.stream.path, self.job.stream.labels)
+            )
         return self.scored.last
 
     def _ready(self, index: int) -> bool:
