@@ -161,11 +161,11 @@ COLOURS = {1: "#1a7f37", -1: "#b3261e", 0: "#6b7280"}
 
 
 def svg(r: dict[str, Any]) -> str:
-    """One panel per pair: a dot and an interval per condition, on one scale within a panel."""
+    """The second table: a panel per pair, in it a dot and an interval per condition; coloured: resolved, filled: among all."""
     body: list[str] = []
     height = TOP + ROW * (len(r["conditions"]) + len({c["condition"]["family"] for c in r["conditions"]})) + 40
     panels = [LEFT + i * (WIDTH + GAP) for i in range(len(PAIRS))]
-    scales = [_scale([c["gains"][f"{a} over {b}"] for c in r["conditions"]]) for a, b in PAIRS]
+    scales = [_scale([c["gains_tuned_on_the_other_seeds"][f"{a} over {b}"] for c in r["conditions"]]) for a, b in PAIRS]
     for left, (a, b), limit in zip(panels, PAIRS, scales, strict=True):
         _text(body, left + WIDTH / 2, 22, f"{a} over {b}", "middle", bold=True)
         _text(body, left + WIDTH / 2, 38, f"NE x 1000, right is better; marks to ± {limit:g}", "middle", "#6b7280")
@@ -181,7 +181,7 @@ def svg(r: dict[str, Any]) -> str:
             y += ROW
         _text(body, 22, y + 4, c["condition"]["name"])
         for left, (a, b), limit in zip(panels, PAIRS, scales, strict=True):
-            _dot(body, left, y, limit, c["gains"][f"{a} over {b}"])
+            _dot(body, left, y, limit, c["gains_tuned_on_the_other_seeds"][f"{a} over {b}"])
         y += ROW
     width = panels[-1] + WIDTH + 30
     return (
