@@ -250,7 +250,7 @@ def _strike(crew: Any, aim: Aim, run: Path, saves: Saves, seconds: float) -> boo
         before = sign.stat().st_mtime_ns if crew.life else 0
         wait(lambda: crew.ended() or (sign.exists() and sign.stat().st_mtime_ns > before), LIFE_S, 0.01)
     moment = time.monotonic() + aim.moment * seconds
-    wait(lambda: (saves.running(), crew.ended() or time.monotonic() >= moment)[1], LIFE_S, 0.005)
+    wait(lambda: (saves.running(), crew.ended() or time.monotonic() >= moment)[1], LIFE_S, 0.01)
     if aim.when == "save":
         _find_save(crew, saves, aim.delay_s)
     pids = crew.ranks()
@@ -267,7 +267,7 @@ def _find_save(crew: Any, saves: Saves, delay_s: float) -> None:
             if seen & saves.running():
                 return
             delay_s /= 2
-        time.sleep(0.001)
+        time.sleep(0.002)
 
 
 def wait(over: Callable[[], bool], limit_s: float, poll_s: float = 0.02) -> bool:

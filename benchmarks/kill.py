@@ -115,7 +115,7 @@ def campaign(
     warm_up()
     scratch = out / "work"
     shutil.rmtree(scratch, ignore_errors=True)
-    slices, rows = (3, 250) if quick else (6, 550)
+    slices, rows = (4, 330) if quick else (6, 550)
     played = Campaign(scratch, draw_jobs(3 if quick else 12, seed), slices, rows, seed, prepare)
     numbers = range(runs) if only is None else [only]
     outcomes: list[Outcome] = []
