@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,15 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
-from torch.distributed import TCPStore
 
 from exfm.data.errors import UserError
 from exfm.trainer.env import RankEnv
 from exfm.trainer.watch import Beat, Watch, judge
-from tests.ranks import forking
 from tests.trainer.jobs import make_stream, parsed, teacher
-from tests.trainer.victim import victim
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = (3200, 3200)  # 100 steps a slice, 2 s at victim.STEP_S
 HOST = socket.gethostname()
 
@@ -31,38 +31,33 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Launch:
-    """Ranks as torchrun starts them, with the store that it keeps, but without its habit of ending those that are left."""
+    """torchrun of tests.trainer.victim; its ranks are killed when the test ends."""
 
     def __init__(self, folder: Path, stream: str, ranks: int, fault: str = "none", on: int = 1, **run: Any) -> None:
-        self.folder, self.log = folder / "run", folder / "log"
+        self.folder, self.ranks = folder / "run", ranks
         raw = teacher(self.folder, stream, checkpoint={"every_slices": 1}, **{f"run__{k}": v for k, v in run.items()})
         (folder / "config.yaml").write_text(yaml.safe_dump(raw))
-        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(ranks)}
-        place |= {
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RUN_ID": "watched",
-        }
-        self.processes = [
-            forking().Process(
-                target=victim,
-                args=(
-                    str(folder / "config.yaml"),
-                    fault,
-                    on,
-                    str(self.log),
-                    place | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                ),
-            )
-            for r in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "tests.trainer.victim", str(folder / "config.yaml"), fault, str(on)]
+        # torchrun gives ranks that do not end half a minute before it kills them
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
+        self.log = open(folder / "log", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, env=env, cwd=ROOT, start_new_session=True
+        )
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank."""
-        return {rank: int(p.pid) for rank, p in enumerate(self.processes) if p.pid is not None}
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) != self.process.pid:
+                    continue
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            found |= {int(v[5:]): int(entry.name) for v in variables if v.startswith(b"RANK=")}
+        return found
 
     def until_training(self) -> dict[int, int]:
         """Wait until slice 0 has been committed and slice 1 has begun."""
@@ -71,21 +66,19 @@ class Launch:
         return self.pids()
 
     def end(self, seconds: float = 60) -> int:
-        """The worst exit code, once all have ended."""
-        deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        assert None not in codes, f"ranks still live after {seconds:g} s: {codes}"
-        return max(int(code) for code in codes if code is not None)
+        return self.process.wait(seconds)
 
     def word(self) -> dict[str, Any]:
         return json.loads((self.folder / "exit.json").read_text())
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+        for pid in [*self.pids().values(), self.process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+        self.log.close()
 
 
 @pytest.fixture
@@ -149,7 +142,9 @@ def test_ranks_asked_to_stop_do_not_wait_for_one_that_is_gone(launch: Callable[.
 
 def test_a_rank_stuck_in_python_is_named_with_its_phase_and_its_stack_is_kept(launch: Callable[..., Launch]) -> None:
     job = launch(3, "stuck", 1, hang_s=3.0)
-    pid = job.pids()[1]
+    pid = None
+    while job.process.poll() is None and pid is None:
+        pid = job.pids().get(1)
     assert job.end() == 1
     message = job.word()["message"]
     assert message.startswith(f"rank 1 (host {HOST}, pid {pid}) hangs in 'reading a batch' after step ")
@@ -161,7 +156,8 @@ def test_a_rank_that_fails_by_itself_has_its_own_words_in_the_others_mouths(laun
     job = launch(2, "raise", 1)
     assert job.end() == 1
     assert "this rank cannot go on" in job.word()["message"]
-    assert f"exfm: rank 1 (host {HOST}, pid " in job.log.read_text()
+    job.log.seek(0)
+    assert f"exfm: rank 1 (host {HOST}, pid " in job.log.read()
 
 
 def test_a_commit_that_takes_longer_than_hang_s_is_no_hang(launch: Callable[..., Launch]) -> None:

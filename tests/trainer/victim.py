@@ -1,6 +1,5 @@
-"""A rank process that takes its time and, on one rank, goes wrong in a chosen way."""
+"""A rank process that takes its time and, on one rank, goes wrong in a chosen way: `torchrun -m tests.trainer.victim CONFIG FAULT RANK`."""
 
-import os
 import sys
 import time
 from typing import Any
@@ -41,14 +40,9 @@ def slow_commit(seconds: float) -> None:
     Commits.begin = late  # type: ignore[method-assign]
 
 
-def victim(config: str, fault: str, number: int, log: str, variables: dict[str, str]) -> None:
-    """The whole life of a forked rank, which finds what torchrun would tell it in `variables`."""
-    with open(log, "a") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    os.setsid()
-    os.environ |= variables
-    chosen = rank_env().rank == number
+if __name__ == "__main__":
+    config, fault, number = sys.argv[1:]
+    chosen = rank_env().rank == int(number)
     slow_reader(fault if chosen else "")
     if fault == "slow commit" and chosen:
         slow_commit(6.0)
