@@ -1,29 +1,36 @@
 """Warm start: begin a new job from tensors of another job's commit, chosen by name, under other names if need be."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 from torch import Tensor
 
-from exfm.checkpoints.commits import chain, committed
+from exfm.checkpoints.commits import Committed, chain, committed
 from exfm.checkpoints.config import WarmStartConfig
 from exfm.checkpoints.holding import reading
 from exfm.checkpoints.reader import Folder
 from exfm.checkpoints.storage import Storage
-from exfm.checkpoints.store import agreed, from_rank_0, load_from
+from exfm.checkpoints.store import agreed, load_from
 from exfm.data.errors import UserError
 
 
-def warm_start(config: WarmStartConfig, state: dict[str, Tensor], hashed: Collection[str] = ()) -> str:
-    """Read what `config` chooses into the live tensors; one line about it. All ranks call. hashed: tables under `ids: hash`.
-
-    UserError where there is no commit, or where a chosen tensor is not in it or has another shape.
-    """
-    everything = from_rank_0(lambda: committed(Storage(config.path)))
+def warm_source(config: WarmStartConfig) -> list[Committed]:
+    """The chain that a warm start would read, the newest commit last. UserError where there is none."""
+    everything = committed(Storage(config.path))
     if not everything:
         raise UserError(f"checkpoint.warm_start.path {config.path} holds no commit; give a run's checkpoints folder")
-    links = chain(everything[-1], everything)
+    return chain(everything[-1], everything)
+
+
+def warm_start(
+    config: WarmStartConfig, links: Sequence[Committed], state: dict[str, Tensor], hashed: Collection[str] = ()
+) -> str:
+    """Read what `config` chooses of a source into the live tensors; one line about it. All ranks call. hashed: tables under
+    `ids: hash`.
+
+    UserError where a chosen tensor is not in it or has another shape.
+    """
     chosen: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if _included(config, name):

@@ -3,14 +3,15 @@
     supervision/<teacher>/slice=000017/{part-00000.parquet, manifest.json}
 
 Logits are of the true world: where negatives are kept at a rate below 1, the correction is a reader's. A manifest's `extra` says who
-scored the slice: `teacher`, its `config`, its `tasks`, the `first` slice that it trained on and the generation of its `labels`; `scored_by`, its version when
+scored the slice: `teacher`, its `config`, its `tasks`, the `first` slice that it trained on, the generation of its `labels`, and of a warm-started one `parent` and
+`learned_until`, the version that it began with and the end of what that had learned; `scored_by`, its version when
 the slice began, and `watermark`, the last slice that this version had trained on; `mode`: forward (the teacher's own forward
 pass, advanced by earlier batches of the slice) or snapshot (a scorer with frozen weights); `at`, when it was committed.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,10 @@ from exfm.data.errors import UserError
 from exfm.data.manifest import MANIFEST, Generation, Part, SliceManifest, Stream, load_manifest, slice_folder
 from exfm.data.source import AlignedFiles
 from exfm.data.writer import write_part
-from exfm.distillation.version import Identity, Versions
+from exfm.distillation.version import Identity, Origin, Versions, leaks
 
 MODES = ("forward", "snapshot")
-EXTRA = {"teacher": str, "config": str, "tasks": list, "first": int, "labels": str, "scored_by": str, "watermark": int, "mode": str, "at": float}  # fmt: skip
+EXTRA: dict[str, Any] = {"teacher": str, "config": str, "tasks": list, "first": int, "labels": str, "scored_by": str, "watermark": int, "mode": str, "at": float, "parent": str, "learned_until": (int, type(None))}  # fmt: skip
 
 
 def logit_column(task: str) -> str:
@@ -48,7 +49,8 @@ def write_supervision_part(fs: Filesystem, folder: str, like: Part, tasks: tuple
 
 def identity_of(manifest: SliceManifest) -> Identity:
     e = manifest.extra
-    return Identity(e["teacher"], e["config"], tuple(e["tasks"]), e["first"], e["labels"])
+    origin = Origin(e["parent"], e["learned_until"])
+    return Identity(e["teacher"], e["config"], tuple(e["tasks"]), e["first"], e["labels"], origin)
 
 
 @dataclass
@@ -91,7 +93,7 @@ class SupervisionLog:
         """Commit one slice. scored_by: the version that scored it; watermark: the last slice that it had trained on."""
         extra = {
             "teacher": who.teacher, "config": who.config, "tasks": list(who.tasks), "first": who.first, "labels": who.labels, "mode": mode,
-            "scored_by": scored_by, "watermark": watermark, "at": at,
+            "scored_by": scored_by, "watermark": watermark, "at": at, "parent": who.origin.parent, "learned_until": who.origin.until,
         }  # fmt: skip
         manifest = features.model_copy(update={"kind": "supervision", "parts": parts, "extra": extra})
         commit_json(self.fs, f"{self.folder(features.slice)}/{MANIFEST}", manifest.model_dump())
@@ -168,6 +170,8 @@ class SupervisionLog:
 
     def _check_version(self, where: str, stream: Stream, manifest: SliceManifest) -> None:
         who, watermark, scored_by = identity_of(manifest), manifest.extra["watermark"], manifest.extra["scored_by"]
+        if self._versions is None and (why := leaks(who.origin, stream, who.first)):
+            raise UserError(f"{where}: {why}; such predictions leak labels and are refused")
         versions = self._versions or Versions(stream, who)
         expected = versions.after(watermark)
         if scored_by != expected:

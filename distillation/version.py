@@ -10,9 +10,34 @@ from exfm.data.errors import UserError
 from exfm.data.manifest import Generation, Stream
 
 
-def genesis(config_digest: str) -> str:
-    """Version of a teacher that has trained on nothing."""
-    return _hash("genesis", config_digest)
+@dataclass(frozen=True)
+class Origin:
+    """What a teacher knew before its first slice. parent: the version whose weights it began with, "" for none; until: the end
+    (Unix seconds) of what these had learned, None where nobody knows.
+    """
+
+    parent: str = ""
+    until: int | None = None
+
+
+def genesis(config_digest: str, origin: Origin) -> str:
+    """Version of a teacher that has trained on nothing yet."""
+    return _hash("genesis", config_digest, origin.parent)
+
+
+def leaks(origin: Origin, stream: Stream, first: int) -> str:
+    """Why a teacher of this origin may not score a stream that it trains on from slice `first`; "" where it may."""
+    if not origin.parent:
+        return ""
+    own = stream.manifest(first, "features")
+    if origin.until is None or own is None:
+        what = "it is not known until when" if origin.until is None else f"slice {first} is not there, so nobody can say whether"
+        return f"{what} the teacher's warm start {origin.parent[:12]} had learned"
+    if origin.until <= own.t0:
+        return ""
+    return (
+        f"the teacher's warm start {origin.parent[:12]} had learned up to time {origin.until}, but its first slice {first} begins at {own.t0}"
+    )
 
 
 def next_version(parent: str, config_digest: str, slice_digest: str) -> str:
@@ -34,13 +59,14 @@ def _hash(*parts: str) -> str:
 @dataclass(frozen=True)
 class Identity:
     """What a teacher is, apart from how far it has trained. first: the slice that it began with; labels: the generation of
-    labels that it learns."""
+    labels that it learns; origin: what it had learned before."""
 
     teacher: str
     config: str
     tasks: tuple[str, ...]
     first: int
     labels: Generation = "first"
+    origin: Origin = Origin()
 
 
 @dataclass
@@ -63,7 +89,7 @@ class Versions:
                 f"teacher '{who.teacher}' began with slice {who.first}; it has no version after slice {index}"
             )
         done = max((i for i in self._after if i <= index), default=who.first - 1)
-        version = self._after.get(done, genesis(who.config))
+        version = self._after.get(done, genesis(who.config, who.origin))
         for i in range(done + 1, index + 1):
             version = next_version(version, who.config, slice_digest(self.stream, i, who.tasks))
             self._after[i] = version

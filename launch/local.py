@@ -17,11 +17,13 @@ from typing import Any
 
 from exfm.checkpoints.commits import committed
 from exfm.checkpoints.storage import Storage
+from exfm.checkpoints.warm import warm_source
 from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.trainer.config import check_against_stream, check_ranks
 from exfm.trainer.ending import read_exit
+from exfm.trainer.learning import check_beginning
 from exfm.trainer.score_config import ScoreConfig, check_scorer, load_any
 from exfm.trainer.state import check_identity
 
@@ -66,12 +68,15 @@ class LocalJob:
             check_scorer(job, self.nproc, self.follow)
             return
         check_ranks(job, self.nproc)
-        check_against_stream(job, open_stream(job.stream.path, job.stream.labels))
+        stream = open_stream(job.stream.path, job.stream.labels)
+        check_against_stream(job, stream)
         Storage(job.checkpoint_folder, job.checkpoint.retries).check()
         if job.distillation.publish is not None:
             Storage(self.folder / "supervision").check()
         if found := committed(job.checkpoint_folder):
             check_identity(found[-1], job)
+        elif job.teaches and (warm := job.checkpoint.warm_start) is not None:
+            check_beginning(stream, job.stream.first, warm_source(warm)[-1])
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start torchrun; its output goes to <run>/logs/torchrun.log."""

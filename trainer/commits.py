@@ -1,6 +1,7 @@
 """The commits of a job: what belongs to one, when one is due, putting one back."""
 
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from exfm.checkpoints.snapshots import publish, refuse, snapshot_name
 from exfm.checkpoints.sources import NotFinite
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.store import Partials, agreed, from_rank_0, load, load_partials, restore_newest
-from exfm.checkpoints.warm import warm_start
+from exfm.checkpoints.warm import warm_source, warm_start
 from exfm.data.errors import UserError
+from exfm.distillation.version import Origin
 from exfm.embeddings.tables import fill_initial
 from exfm.trainer.gate import refusal
+from exfm.trainer.learning import check_beginning, origin_of
 from exfm.trainer.ledger import as_array, from_array, write_ledger
 from exfm.trainer.state import canonical_state, check_identity, random_state, restore_random, versions
 from exfm.trainer.watch import SAVING
@@ -117,6 +120,8 @@ class Commits:
             "plan": job.built.plan,
             "position": {"slice": p.slice, "consumed": p.consumed},
             "version": p.version,
+            "origin": asdict(job.origin),
+            "learned_until": job.learned_until(),
             "optimizer_steps": job.built.optimizers.steps,
             "ledger_entries": len(job.entries),
             "first_evaluated": job.first_evaluated,
@@ -130,8 +135,9 @@ class Commits:
         """In the background, of a commit that was just made."""
         job, config = self.job, self.config.snapshots
         assert config is not None
+        word = {"version": version, "origin": asdict(job.origin)}
         try:
-            job.log.say(publish(self._snapshots(), found, config, index, {"version": version}, self.saver.group))
+            job.log.say(publish(self._snapshots(), found, config, index, word, self.saver.group))
         except NotFinite as error:
             self._refuse(index, str(error))
 
@@ -145,9 +151,13 @@ class Commits:
         job = self.job
         found = restore_newest(self.storage, self._load, self._reset, job.log.say)
         if found is None:
-            if self.config.warm_start is not None:
+            if (warm := self.config.warm_start) is not None:
+                links = from_rank_0(lambda: warm_source(warm))
+                if job.config.teaches:
+                    check_beginning(job.stream, job.slices.start, links[-1])
+                job.begin_from(origin_of(links[-1]))
                 hashed = {f.table for f in job.config.features.sparse if f.ids == "hash"}
-                job.log.say(warm_start(self.config.warm_start, self.state, hashed))
+                job.log.say(warm_start(warm, links, self.state, hashed))
             return False
         p = job.progress
         job.log.say(f"resumed from {found.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
@@ -182,6 +192,7 @@ class Commits:
             for key in self._manifest():
                 newest.manifest[key]
             mean, count = newest.manifest["loss_guard"]
+            Origin(**newest.manifest["origin"])
             float(mean), int(count)
             for arrays in share:
                 for name, own in self._partials().items():
@@ -202,6 +213,7 @@ class Commits:
         agreed(lambda: self._check(newest, share))
         m, p = newest.manifest, job.progress
         p.slice, p.consumed, p.step = m["position"]["slice"], m["position"]["consumed"], newest.step
+        job.begin_from(Origin(**m["origin"]))
         p.version, p.seconds, p.examples = m["version"], m["seconds"], m["examples"]
         if p.slice > job.slices.stop:
             raise UserError(

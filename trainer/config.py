@@ -110,6 +110,11 @@ class JobConfig(BaseModel):
         """Folder or URL of the job's commits."""
         return self.checkpoint.folder or str(Path(self.run.folder) / "checkpoints")
 
+    @property
+    def teaches(self) -> bool:
+        """Whether others get its predictions, from its own forward pass or through snapshots that a scorer reads."""
+        return self.distillation.publish is not None or self.checkpoint.snapshots is not None
+
     def identity(self) -> dict[str, Any]:
         """What must be equal to continue a checkpoint: all that decides weights, nothing about where or how fast."""
         keep = self.model_dump(mode="json", include={"features", "tables", "model", "heads", "optim", "distillation"})

@@ -1,10 +1,12 @@
-"""What can be known to be wrong with a student's teachers before a rank starts."""
+"""What can be known to be wrong with a student's teachers, and with a teacher's beginning, before a rank starts."""
 
+from exfm.checkpoints.commits import Committed
 from exfm.data.errors import UserError
 from exfm.data.manifest import SliceManifest, Stream, slice_folder
 from exfm.data.source import AlignedFiles, SliceSource
 from exfm.distillation.config import LearnConfig, TeacherConfig
 from exfm.distillation.supervision import SupervisionLog
+from exfm.distillation.version import Origin, leaks
 
 
 def check_rows(stream: Stream, features: SliceManifest, log: SupervisionLog) -> None:
@@ -51,3 +53,27 @@ def _check_log(
             f"{log.root} has no predictions for task(s) {', '.join(missing)} of teacher '{teacher.name}'; it has "
             f"{', '.join(map(str, has))}; name one of them, or null, in distillation.learn.teachers.tasks"
         )
+
+
+def origin_of(source: Committed) -> Origin:
+    """What a job that begins with the weights of this commit has learned already."""
+    until = source.manifest.get("learned_until")
+    return Origin(str(source.manifest.get("version")), until if isinstance(until, int) else None)
+
+
+def check_beginning(stream: Stream, first: int, source: Committed) -> None:
+    """UserError where a teacher that logs its predictions would begin with weights that have learned what it is to score."""
+    why = leaks(origin_of(source), stream, first)
+    if why:
+        raise UserError(
+            f"checkpoint.warm_start: {why}: its predictions would leak labels to students; {_remedy(stream, first, source)}"
+        )
+
+
+def _remedy(stream: Stream, first: int, source: Committed) -> str:
+    until, index = origin_of(source).until, first
+    while until is not None and (later := stream.manifest(index, "features")) is not None:
+        if later.t0 >= until:
+            return f"set stream.first: {index}, or begin with an earlier commit than {source.folder}"
+        index += 1
+    return f"begin with an earlier commit than {source.folder}, or publish neither predictions nor snapshots"

@@ -16,7 +16,7 @@ from exfm.data.hashing import id_sum
 from exfm.data.manifest import Stream, open_stream
 from exfm.data.reader import SliceReader, ahead, open_slice, slices_of
 from exfm.distillation.supervision import SupervisionLog
-from exfm.distillation.version import Identity, genesis, next_version, slice_digest
+from exfm.distillation.version import Identity, Origin, genesis, next_version, slice_digest
 from exfm.sharding.planner import plan_table
 from exfm.trainer.build import build, rehearse
 from exfm.trainer.columns import batch_columns
@@ -78,8 +78,8 @@ class Job:
         self.entries: list[Entry] = []
         self.ledger_fs, root = open_folder(self.folder)
         self.ledger_path = f"{root}/ledger.parquet"
-        self.progress = Progress(self.slices.start, 0, 0, genesis(config.digest()), 0, 0, 0.0)
-        self.publisher = self._publisher()
+        self.progress = Progress(self.slices.start, 0, 0, "", 0, 0, 0.0)
+        self.begin_from(Origin())
         learn = config.distillation.learn
         tasks = config.heads.tasks
         self.teachers = None if learn is None else Teachers(learn, tasks, self.stream, self.slices.start)
@@ -91,13 +91,34 @@ class Job:
         self.skip_to: Position = (self.slices.start, 0)
         self.begun = time.monotonic()
 
+    def begin_from(self, origin: Origin) -> None:
+        """Set what the job had learned before its first slice; nothing is trained or published yet."""
+        self.origin = origin
+        self.progress.version = genesis(self.config.digest(), origin)
+        self.publisher = self._publisher()
+
+    def learned_until(self) -> int | None:
+        """The end (Unix seconds) of what the weights have learned; None where nobody knows, because a warm start did not say."""
+        p, known = self.progress, self.origin.until
+        index = p.slice if p.consumed else p.slice - 1
+        own = self.stream.manifest(max(index, self.slices.start), "features")
+        if own is None or (self.origin.parent and known is None):
+            return known
+        end = own.t1 if index >= self.slices.start else own.t0
+        return end if known is None else max(end, known)
+
     def _publisher(self) -> Publisher | None:
         publish = self.config.distillation.publish
         if publish is None:
             return None
         log = SupervisionLog(str(self.folder / "supervision" / publish.teacher))
         who = Identity(
-            publish.teacher, self.config.digest(), self.config.heads.tasks, self.slices.start, self.stream.generation
+            publish.teacher,
+            self.config.digest(),
+            self.config.heads.tasks,
+            self.slices.start,
+            self.stream.generation,
+            self.origin,
         )
         return Publisher(log, who, self.stream)
 

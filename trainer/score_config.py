@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from exfm.checkpoints.storage import Storage
 from exfm.data.errors import UserError
 from exfm.data.manifest import Stream, open_stream
-from exfm.distillation.version import Identity
+from exfm.distillation.version import Identity, Origin
 from exfm.sharding.config import ShardingConfig
 from exfm.trainer.config import JobConfig, RunConfig, load_config, read_raw
 
@@ -107,9 +107,10 @@ class Scored:
     def log_folder(self) -> str:
         return str(Path(self.config.run.folder) / "supervision" / self.log_name)
 
-    def identity(self) -> Identity:
+    def identity(self, origin: Origin) -> Identity:
+        """origin: as the teacher's snapshots say."""
         tasks, labels = self.teacher.heads.tasks, self.teacher.stream.labels
-        return Identity(self.log_name, self.teacher.digest(), tasks, self.teacher_first, labels)
+        return Identity(self.log_name, self.teacher.digest(), tasks, self.teacher_first, labels, origin)
 
     def wanted(self, index: int) -> int:
         """The slice whose snapshot scores slice `index`: the newest on the teacher's schedule at or before index - 1 - lag."""

@@ -25,7 +25,7 @@ from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.data.reader import SliceReader, ahead, open_slice
 from exfm.distillation.supervision import SupervisionLog
-from exfm.distillation.version import Versions
+from exfm.distillation.version import Origin, Versions, leaks
 from exfm.trainer.build import build_scoring
 from exfm.trainer.columns import batch_columns
 from exfm.trainer.env import RankEnv
@@ -72,13 +72,17 @@ class Scorer:
         self.state = weights | dense_state({"served": built.served})
         self.storage = Storage(self.scored.snapshots, job.checkpoint.retries)
         self.held: Committed | None = None
-        who = self.scored.identity()
-        self.versions = Versions(self.stream, who)
         self.supervision = SupervisionLog(self.scored.log_folder)
-        self.publisher = Publisher(self.supervision, who, self.stream, "snapshot")
+        self.meet(Origin())
         self.pipeline = EVAL_PIPELINES[config.run.pipeline](built.model, None, device)
         self.copies = HostCopies(device)
         self.examples, self.seconds, self.step, self.newest = 0, 0.0, 0, 0
+
+    def meet(self, origin: Origin) -> None:
+        """Set what the teacher had learned before its first slice, as its snapshots say."""
+        who = self.scored.identity(origin)
+        self.versions = Versions(self.stream, who)
+        self.publisher = Publisher(self.supervision, who, self.stream, "snapshot")
 
     def close(self) -> None:
         self.log.close()
@@ -175,6 +179,11 @@ class Scorer:
         begun = time.monotonic()
         before, self.held = self.held, None  # what is half loaded is nothing
         found = agreed(lambda: load_snapshot(self.storage, name, self.state, before))
+        origin = Origin(**found.manifest.get("origin", {}))
+        if origin != self.versions.identity.origin:
+            self.meet(origin)
+        if why := leaks(origin, self.stream, self.scored.teacher_first):
+            raise UserError(f"snapshot {found.folder}: {why}; its predictions would leak labels and are refused")
         expected = self.versions.after(found.step)
         if found.manifest.get("version") != expected:
             raise UserError(
