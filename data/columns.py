@@ -155,24 +155,28 @@ def _supervision(
     """Logits and mask [b, s, t]; a missing column or a null is a missing prediction."""
     if not columns:
         return None, None
-    logits = np.full((size, len(columns), len(columns[0])), np.nan, np.float32)
+    shape = size, len(columns), len(columns[0])
+    logits, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
     for s, names in enumerate(columns):
         for t, name in enumerate(names):
-            if name is not None and name in table.column_names:
-                logits[: table.num_rows, s, t] = _finite(table, name, ids, where)
-    mask = np.isfinite(logits)
-    logits[~mask] = 0.0
+            if name is None or (number := table.schema.get_field_index(name)) < 0:
+                continue
+            column = table.column(number)
+            values = column.to_numpy()  # null as NaN
+            there = np.isfinite(values)
+            if not there.all():
+                _check_nulls(column, there, f"{where}: the teacher's '{name.split('/', 1)[-1]}'", ids)
+                values = np.where(there, values, 0.0)
+            logits[: len(values), s, t], mask[: len(values), s, t] = values, there
     return torch.from_numpy(logits), torch.from_numpy(mask)
 
 
-def _finite(table: pa.Table, name: str, ids: np.ndarray, where: str) -> np.ndarray:
-    """A column of predictions, null as NaN. UserError for one that is NaN or infinite."""
-    values = table.column(name).to_numpy()
-    bad = ~np.isfinite(values) & table.column(name).is_valid().to_numpy()
+def _check_nulls(column: pa.ChunkedArray, finite: np.ndarray, what: str, ids: np.ndarray) -> None:
+    """UserError where a prediction is NaN or infinite instead of null."""
+    bad = ~finite & column.is_valid().to_numpy()
     if bad.any():
         row = int(np.argmax(bad))
         raise UserError(
-            f"{where}: the teacher's '{name.split('/', 1)[-1]}' of example {ids[row]} is {values[row]}; predictions are finite, or null "
-            "where there is none; score the slice again"
+            f"{what} of example {ids[row]} is {column[row].as_py()}; predictions are finite, or null where there is none; score "
+            "the slice again"
         )
-    return values

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -18,6 +19,7 @@ from exfm.distillation.heads import StudentAdapter
 from exfm.distillation.losses import label_loss, observed, soft_loss, teacher_target
 from exfm.models.heads import Head
 from exfm.models.interface import Backbone, ModelSize
+from exfm.trainer.optim import adam_state
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,19 @@ class Adapter(nn.Module):
         world = dist.get_world_size()
         if world > 1:
             dist.all_reduce(gradient)
-        self.mlps.parameter.grad = gradient * (scale / world)
-        self.optimizer.step()
+        self._step(gradient * (scale / world))
         return adapted
+
+    def _step(self, gradient: Tensor) -> None:
+        """What `optimizer.step()` would do, by the function under it: half of the time for so few parameters."""
+        assert self.optimizer is not None
+        group, state = self.optimizer.param_groups[0], adam_state(self.optimizer, self.mlps.parameter)
+        beta1, beta2 = group["betas"]
+        adam(
+            [self.mlps.parameter], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=False,
+        )  # fmt: skip
 
 
 class Objective(nn.Module):

@@ -27,7 +27,7 @@ def canonical_state(built: Built, config: JobConfig, device: torch.device) -> di
     shapes = {name: (t.rows, t.width) for name, t in config.tables.items()}
     tables = table_state(built.shards, built.plan, shapes, built.optimizers.accumulator, device.type)
     owner: dict[int, torch.optim.Optimizer] = {
-        id(p): o for o in built.optimizers.dense for g in o.param_groups for p in g["params"]
+        id(p): built.optimizers.dense for group in built.optimizers.groups for p in group
     }
     if built.adapter is not None and built.adapter.optimizer is not None:
         owner |= {id(p): built.adapter.optimizer for p in built.adapter.parameters()}

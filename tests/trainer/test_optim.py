@@ -27,7 +27,7 @@ def log(stream, tmp_path_factory) -> str:
 
 def owners(built: Built) -> Counter[int]:
     """How many optimisers own the memory at an address: Adams, the tables' dense Adagrad, FBGEMM's fused one."""
-    optimizers = [*built.optimizers.dense, *([built.optimizers.tables] if built.optimizers.tables else [])]
+    optimizers = [built.optimizers.dense, *([built.optimizers.tables] if built.optimizers.tables else [])]
     if built.adapter is not None and built.adapter.optimizer is not None:
         optimizers.append(built.adapter.optimizer)
     owned = [p.data_ptr() for o in optimizers for g in o.param_groups for p in g["params"]]
