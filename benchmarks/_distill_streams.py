@@ -17,7 +17,7 @@ from exfm.launch.demo import CONFIGS, find_source, make_stream
 MOVIELENS_DOMAINS = {f"d{k}": {"column": "user_id", "modulo": 10, "values": [k]} for k in (1, 3, 5, 7, 9)}
 # what its reviewers rented for, by the position in the publisher's sorted values
 OCCASIONS = {"everyday": 2, "formal-affair": 3, "party": 5, "wedding": 8, "work": 9}
-CAMPAIGNS = {"all": 0, "men": 1, "women": 2}
+CAMPAIGNS = {"everyone": 0, "men": 1, "women": 2}
 RENT_SPARSE = ("user_idx", "item_idx", "category", "size", "rented_for", "body_type", "bust_size")
 BANDIT_SPARSE = ("item_id", "campaign", "position", "user_feature_0", "user_feature_1", "user_feature_2", "user_feature_3", "item_feature_1", "item_feature_2", "item_feature_3")  # fmt: skip
 RENT = Schema(
@@ -67,7 +67,7 @@ def open_bandit(out: Path, data_dir: str | None) -> Study:
     teacher["distillation"] = {"publish": {"teacher": "teacher"}}
     student = _smoke_config(("item_id", "position", "user_feature_0", "user_feature_1"), [], 4, 256)
     named = {d: f"campaign {d}" for d in domains}
-    return Study("open_bandit", "Open Bandit", stream, teacher, student, domains, named, "all", ("men", "women"))
+    return Study("open_bandit", "Open Bandit", stream, teacher, student, domains, named, "everyone", ("men", "women"))
 
 
 def _smoke_config(sparse: tuple[str, ...], dense: list[str], width: int, batch: int) -> Raw:

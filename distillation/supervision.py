@@ -71,7 +71,8 @@ class SupervisionLog:
         """What is committed never changes, so that it is read once."""
         if (known := self._manifests.get(index)) is None and (known := load_manifest(self.fs, self.folder(index))):
             # a student asks for a slice and the one before
-            self._manifests = {index - 1: m for m in [self._manifests.get(index - 1)] if m} | {index: known}
+            before = self._manifests.get(index - 1)
+            self._manifests = ({} if before is None else {index - 1: before}) | {index: known}
         return known
 
     def slices(self) -> list[int]:
