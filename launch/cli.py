@@ -302,6 +302,27 @@ def data_inspect(folder: Path, as_json: Json = False) -> None:
     _print(found) if as_json else Console().print(render(found))
 
 
+@data_app.command("stats")
+def data_stats(
+    folder: Annotated[Path, typer.Argument(metavar="STREAM")],
+    out: Annotated[Path, typer.Option(help="YAML file to write")],
+    batch: Annotated[int, typer.Option(help="examples of one batch, in which ids are looked up once")] = 4096,
+    slices: Annotated[str | None, typer.Option(metavar="A:B", help="slices A to B - 1; default: all")] = None,
+    max_examples: Annotated[int, typer.Option(help="read no more; memory grows with the distinct ids")] = 2_000_000,
+    as_json: Json = False,
+) -> None:
+    """Measure how a stream looks up its tables, for the planner."""
+    from exfm.data.manifest import open_stream
+    from exfm.data.stats import measure, render, slices_given, write_stats
+
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it, for instance {out / 'stats.yaml'}")
+    stream = open_stream(str(folder))
+    found = measure(stream, None, *slices_given(stream, slices), batch, max_examples, Bars())
+    write_stats(out, found)
+    _print(found.model_dump(mode="json")) if as_json else Console().print(render(found))
+
+
 @data_app.command("audit")
 def data_audit(run: Annotated[Path, typer.Argument(help="a run's folder")], as_json: Json = False) -> None:
     """Prove from the ledger that the run repeated no example, and skipped none but those it says it left out."""
