@@ -31,13 +31,15 @@ def leaks(origin: Origin, stream: Stream, first: int) -> str:
         return ""
     own = stream.manifest(first, "features")
     if origin.until is None or own is None:
-        what = "it is not known until when" if origin.until is None else f"slice {first} is not there, so nobody can say whether"
+        what = (
+            "it is not known until when"
+            if origin.until is None
+            else f"slice {first} is not there, so nobody can say whether"
+        )
         return f"{what} the teacher's warm start {origin.parent[:12]} had learned"
     if origin.until <= own.t0:
         return ""
-    return (
-        f"the teacher's warm start {origin.parent[:12]} had learned up to time {origin.until}, but its first slice {first} begins at {own.t0}"
-    )
+    return f"the teacher's warm start {origin.parent[:12]} had learned up to time {origin.until}, but its first slice {first} begins at {own.t0}"
 
 
 def next_version(parent: str, config_digest: str, slice_digest: str) -> str:
