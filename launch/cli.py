@@ -151,18 +151,23 @@ def plan(
     config: Path,
     world_size: Annotated[int, typer.Option(help="ranks")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="ranks per node")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100-80g, h100, h200, b200, or a YAML of `exfm bench topology`")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda",
+    replicas: Annotated[int | None, typer.Option(help="copies of all tables (2D parallelism)")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the plan, for sharding.plan of a job")] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Plan where tables go, with TorchRec's planner; needs no GPU and no process group."""
-    from exfm.launch.planning import plan_config
+    """Plan where tables go, whether they fit and what a step costs; needs no GPU and no process group."""
+    from exfm.launch.planning import plan_config, render, summary
 
-    rows, lines = plan_config(config, sets or [], world_size, gpus_per_node, device)
+    planned = plan_config(config, sets or [], world_size, gpus_per_node, gpu, device, replicas)
+    if out is not None:
+        planned.plan.write(out)
     if as_json:
-        _print(rows)
+        _print(summary(planned))
     else:
-        print("\n".join(lines))
+        Console().print(render(planned), highlight=False)
 
 
 @app.command()

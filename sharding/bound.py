@@ -95,6 +95,9 @@ def relaxed(totals: Totals, limit: float, ranks: int, hbm: float, host: float) -
     if need[0] > hbm or need[1] > host:
         return Bound(np.inf, np.zeros(2))
     best, prices = _value(load, sizes, np.zeros(2)), np.zeros(2)
+    cheapest = load.argmin(axis=1)[None, :, None]
+    if (np.take_along_axis(sizes, cheapest, axis=2).sum(axis=(1, 2)) <= 1).all():
+        return Bound(best, prices)  # memory is no matter
     scale = max(best, 1e-9)
     for _ in range(3):  # one price after the other, each by golden section: the value is concave in it
         for which in (0, 1):

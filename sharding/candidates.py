@@ -167,10 +167,10 @@ def _enumerate(
         offered = table.sharder.compute_kernels(kind, device)
         kernels = (wanted and wanted.compute_kernels) or [k for k in offered if k in UNGUARDED]
         for kernel in [k for k in offered if k in kernels]:
-            for width in _widths(table.shape[1], kind, wanted):
-                shapes, pattern = _shapes(table, topology, kind, width)
-                if not shapes:
-                    continue
+            cuts = [(w, *_shapes(table, topology, kind, w)) for w in _widths(table.shape[1], kind, wanted)]
+            if not any(shapes for _, shapes, _ in cuts):  # too few ranks for two columns
+                cuts = [(table.shape[1], *_shapes(table, topology, kind, table.shape[1]))]
+            for width, shapes, pattern in [cut for cut in cuts if cut[1]]:
                 loads = cache_loads if kernel == Kernel.FUSED_UVM_CACHING.value else (None,)
                 for load in loads:
                     yield Candidate(table, kind, kernel, width, load), shapes, pattern
@@ -193,8 +193,10 @@ def _shapes(
     if kind == ShardingType.DATA_PARALLEL.value:
         return [[rows, columns]], [(0, world)]
     by_rows, by_columns = split_of(kind, world, local), columns // width
-    # two column shards of a table never share a rank
-    room = world // by_rows if kind != ShardingType.TABLE_COLUMN_WISE.value else local
+    # column shards share a rank only where there are fewer ranks than shards
+    room = {ShardingType.TABLE_COLUMN_WISE.value: local, ShardingType.GRID_SHARD.value: world // by_rows}.get(
+        kind, by_columns
+    )
     if rows < by_rows or by_columns > room or (kind == ShardingType.GRID_SHARD.value and by_columns == 1):
         return [], []
     if by_rows == 1:

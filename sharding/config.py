@@ -1,22 +1,60 @@
-"""Section `sharding`: what the planner may choose for each table."""
+"""Section `sharding`: what the planner may choose for each table, and the machines that it plans for."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ShardingName = Literal[
     "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
 ]
+KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+
+
+class TableSharding(BaseModel):
+    """Of one table, where it differs from the others. In YAML a list is `types` alone. ranks: where its shards may lie; column_shard:
+    width of its column shards, else the planner's choice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    types: tuple[ShardingName, ...] | None = Field(None, min_length=1)
+    kernels: tuple[KernelName, ...] | None = Field(None, min_length=1)
+    ranks: tuple[int, ...] | None = Field(None, min_length=1)
+    column_shard: int | None = Field(None, gt=0, multiple_of=4)
 
 
 class ShardingConfig(BaseModel):
-    """Sharding types allowed for all tables and, by name, for single ones; the planner chooses among them."""
+    """Sharding types and kernels allowed for all tables and, by name, for single ones; the planner chooses among them.
+
+    kernels: where rows live: fused: device memory; fused_uvm: host memory; fused_uvm_caching: host memory, with a share (cache_loads)
+    kept on the device. topology: a GPU's name (h100, ...) or a YAML file of `exfm bench topology`; default: this machine.
+    stats: a file of `exfm data stats`. plan: a file of `exfm plan --out`, to be used as it is.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    allowed: tuple[ShardingName, ...] = ("data_parallel", "table_wise", "row_wise")
-    tables: dict[str, tuple[ShardingName, ...]] = Field(default_factory=dict)
+    allowed: tuple[ShardingName, ...] = Field(("data_parallel", "table_wise", "row_wise"), min_length=1)
+    kernels: tuple[KernelName, ...] = Field(("fused",), min_length=1)
+    cache_loads: tuple[float, ...] = Field((0.05, 0.1, 0.2, 0.4), min_length=1)
+    tables: dict[str, TableSharding] = Field(default_factory=dict)
     min_column_shard: int = Field(
-        32, description="narrowest column shard; TorchRec's own default of 128 splits nothing here"
+        32, gt=0, description="narrowest column shard; TorchRec's own default of 128 splits nothing here"
     )
-    hbm_gib: float = Field(80.0, gt=0, description="device memory per rank that the planner may use, GiB")
-    host_gib: float = Field(16.0, gt=0, description="host memory per rank that the planner may use, GiB")
+    topology: str = ""
+    hbm_gib: float | None = Field(None, gt=0, description="device memory per rank, GiB; default: the topology's")
+    host_gib: float | None = Field(
+        None, gt=0, description="host memory per rank, GiB; default: the topology's, or 16 where there is no GPU"
+    )
+    reserved: float = Field(
+        0.15, ge=0, lt=1, description="share of a rank's memory kept for activations, batches and libraries"
+    )
+    replicas: int = Field(
+        1, gt=0, description="copies of all tables (TorchRec's 2D parallelism); more than 1: plans only"
+    )
+    stats: str = ""
+    plan: str = ""
+
+    @field_validator("tables", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"types": own} if isinstance(own, list | tuple) else own for name, own in value.items()}

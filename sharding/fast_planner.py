@@ -8,18 +8,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingPlanner
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingPlanner, ShardingType
 
 from exfm.data.errors import UserError
-from exfm.sharding.candidates import EVERYWHERE, ON_NODES, Candidate, Run, candidates_of, tables_of
+from exfm.sharding.candidates import BY_COLUMN, EVERYWHERE, ON_NODES, Candidate, Run, candidates_of, tables_of
 from exfm.sharding.limits import shortfall, table_too_large
 from exfm.sharding.plan import TIMES, Plan, ShardRun, TablePlan
-from exfm.sharding.planner import TableSharder
 from exfm.sharding.search import Problem, solve
 from exfm.sharding.topology import Topology
 
 CACHE_LOADS = (0.05, 0.1, 0.2, 0.4)  # shares of rows that fused_uvm_caching may keep on the device
+
+
+class TableSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder with row-wise types offered on CPU too: gloo has the collectives they need."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [kind.value for kind in ShardingType]
 
 
 class Planner(ShardingPlanner):
@@ -67,12 +74,14 @@ def plan_model(
     constraints: Mapping[str, ParameterConstraints],
     cache_loads: Sequence[float] = CACHE_LOADS,
     pins: Mapping[str, Sequence[int]] | None = None,
+    column_shards: Mapping[str, int] | None = None,
     reserved_hbm: int = 0,
     reserved_host: int = 0,
 ) -> Plan:
     """The plan found for the tables of a module (parameters on the meta device).
 
-    batch_size: examples of a rank and step. pins: of some tables, the ranks that their shards may lie on. The same on every
+    batch_size: examples of a rank and step. pins: of some tables, the ranks that their shards may lie on;
+    column_shards: of some, the width of column shards. The same on every
     machine and in every process. UserError where a table or all of them do not fit, with the arithmetic and remedies.
     """
     tables = tables_of(module, sharders)
@@ -80,6 +89,7 @@ def plan_model(
         raise UserError("there are no tables to plan; the model has no EmbeddingBagCollection")
     free = max(0, topology.hbm_bytes - reserved_hbm), max(0, topology.host_bytes - reserved_host)
     every = candidates_of(tables, sharders, topology.torchrec(), batch_size, constraints, cache_loads)
+    every = [_of_width(own, (column_shards or {}).get(own[0].table.name)) for own in every]
     fitting = [[c for c in own if c.most("hbm") <= free[0] and c.most("host") <= free[1]] for own in every]
     for own, left in zip(every, fitting, strict=True):
         if not left:
@@ -96,6 +106,18 @@ def plan_model(
     return Plan(
         topology=topology, batch=batch_size, tables=planned, bound_ms=bound.ms, reserved_hbm=reserved_hbm, reserved_host=reserved_host
     )  # fmt: skip
+
+
+def _of_width(own: list[Candidate], width: int | None) -> list[Candidate]:
+    """Those whose column shards have this width. UserError where there are none."""
+    left = [c for c in own if width is None or c.sharding_type not in BY_COLUMN or c.column_width == width]
+    if not left:
+        widths = sorted({c.column_width for c in own})
+        raise UserError(
+            f"table '{own[0].table.name}' is {own[0].table.shape[1]} wide and column_shard is {width}: its column shards can be "
+            f"{', '.join(map(str, widths))} wide (equal, multiples of 4, at least min_column_shard); choose one of these"
+        )
+    return left
 
 
 def _table_plan(candidate: Candidate, ranks: np.ndarray, local: int) -> TablePlan:

@@ -1,113 +1,198 @@
-"""Planning: TorchRec's planner on the launched topology, without a process group."""
+"""The plan of a job's tables: from its config, the machines and the tables' statistics to a Plan, and what people see of it."""
 
-import logging
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from exfm.data.errors import UserError
-from exfm.embeddings.config import TableConfig
-from exfm.sharding.config import ShardingConfig
+from exfm.data.stats import StreamStats, read_stats
+from exfm.embeddings.config import FeaturesConfig, TableConfig
+from exfm.sharding.config import ShardingConfig, TableSharding
+from exfm.sharding.fast_planner import TableSharder, plan_model
+from exfm.sharding.plan import Plan, read_plan
+from exfm.sharding.topology import Topology, cpu_topology, gpu_here, gpu_topology, preset_of, read_topology, with_size
 
 GIB = 2**30
-# tables in device memory (or on CPU); rows cached from host memory would have to be flushed before every save
-KERNELS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
-RESERVED = 0.15  # share of memory kept for the dense part and activations
-
-# it advises a factory for fleets whose hardware it looks up; ours comes from the config
-logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
-
-
-class TableSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder with row-wise types offered on CPU too: gloo has the collectives they need."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [kind.value for kind in ShardingType]
+CPU_HOST_BYTES = (
+    16 * GIB
+)  # of a rank without a device: the same everywhere, so that a plan does not depend on what else runs
+UNKNOWN_GPU = "a100-80g"  # whose speeds stand for those of a GPU without a data sheet here; its memory is asked for
+OTHERWISE = TableSharding()
 
 
-def plan_tables(
-    model: nn.Module, config: ShardingConfig, device_type: str, world_size: int, local_world_size: int, local_batch: int
-) -> ShardingPlan:
-    """Plan the collections of `model` (on the meta device) for world_size ranks.
-
-    local_batch: examples per rank and step. UserError for tables that cannot use so many ranks or do not fit.
-    """
-    topology = Topology(
-        world_size=world_size,
-        local_world_size=local_world_size,
-        compute_device=device_type,
-        hbm_cap=int(config.hbm_gib * GIB) if device_type == "cuda" else 0,
-        ddr_cap=int(config.host_gib * GIB),
-    )
-    sharder = TableSharder()
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=local_batch,
-        constraints=_constraints(model, config, world_size),
-        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED),
-    )
-    try:
-        return planner.plan(model, [sharder])  # type: ignore[list-item]
-    except PlannerError as error:
+def topology_of(config: ShardingConfig, device_type: str, world_size: int, ranks_per_node: int) -> Topology:
+    """The machines that a job's tables are planned for. UserError for a topology of another device, or none known."""
+    size = world_size, ranks_per_node, config.replicas
+    if config.topology and Path(config.topology).suffix in (".yaml", ".yml"):
+        found = with_size(read_topology(config.topology), *size)
+    elif config.topology:
+        found = gpu_topology(config.topology, *size)
+    elif device_type == "cpu":
+        found = with_size(cpu_topology(world_size, ranks_per_node, CPU_HOST_BYTES), *size)
+    else:
+        name, hbm_bytes = gpu_here()
+        preset = preset_of(name)
+        found = gpu_topology(preset or UNKNOWN_GPU, *size, hbm_bytes=hbm_bytes)
+        if preset is None:
+            found = found.model_copy(update={"name": f"{name} with the speeds of {UNKNOWN_GPU}"})
+    if found.device != device_type:
         raise UserError(
-            f"no plan for {world_size} rank(s) with {config.hbm_gib:g} GiB of device and {config.host_gib:g} GiB of host memory "
-            f"each: {error}; use more ranks, allow row_wise (sharding.allowed), or store fp16 rows (tables.NAME.dtype)"
-        ) from None
+            f"sharding.topology {config.topology} is of {found.device}, the job runs on {device_type}; name another"
+        )
+    limits = {"hbm_bytes": config.hbm_gib if device_type == "cuda" else None, "host_bytes": config.host_gib}
+    return found.model_copy(update={key: int(gib * GIB) for key, gib in limits.items() if gib is not None})
 
 
-def _constraints(model: nn.Module, config: ShardingConfig, world_size: int) -> dict[str, ParameterConstraints]:
-    tables = {c.name: c for m in _collections(model) for c in m.embedding_bag_configs()}
-    if unknown := sorted(set(config.tables) - set(tables)):
-        raise UserError(f"sharding.tables names {', '.join(unknown)}, but the tables are {', '.join(tables)}")
+def plan_job(
+    model: nn.Module,
+    features: FeaturesConfig,
+    tables: Mapping[str, TableConfig],
+    config: ShardingConfig,
+    topology: Topology,
+    local_batch: int,
+    dense_bytes: int = 0,
+    cached: Plan | None = None,
+) -> Plan:
+    """The plan of the collections of `model` (on the meta device): that of `sharding.plan`, the cached one where it was made from
+    the same, else a new one. local_batch: examples per rank and step; dense_bytes: what the dense part needs of every rank.
+
+    UserError for tables that cannot use so many ranks or do not fit, and for a plan file of something else, naming what differs.
+    """
+    inputs = inputs_of(features, tables, config, topology, local_batch, dense_bytes)
+    if config.plan:
+        given = read_plan(config.plan)
+        if changed := [what for what in ("tables", "ranks") if given.inputs.get(what) != inputs[what]]:
+            raise UserError(
+                f"sharding.plan {config.plan} was made for other {' and '.join(changed)}; make it anew with `exfm plan --out {config.plan}`"
+            )
+        return given
+    if cached is not None and cached.inputs == inputs:
+        return cached
+    constraints = _constraints(model, features, tables, config, topology.group_size)
+    pins = {name: own.ranks for name, own in config.tables.items() if own.ranks}
+    for name, ranks in pins.items():
+        if wrong := [r for r in ranks if not 0 <= r < topology.group_size]:
+            raise UserError(
+                f"sharding.tables.{name}.ranks names rank {wrong[0]}; there are 0 to {topology.group_size - 1}; name some of these"
+            )
+    cuda = topology.device == "cuda"
+    reserved = int(config.reserved * (topology.hbm_bytes if cuda else topology.host_bytes)) + dense_bytes
+    plan = plan_model(
+        model,
+        [TableSharder()],  # type: ignore[list-item]
+        topology,
+        local_batch,
+        constraints,
+        config.cache_loads,
+        pins,
+        {name: own.column_shard for name, own in config.tables.items() if own.column_shard},
+        reserved_hbm=reserved if cuda else 0,
+        reserved_host=0 if cuda else reserved,
+    )
+    return plan.model_copy(update={"inputs": inputs})
+
+
+def inputs_of(
+    features: FeaturesConfig,
+    tables: Mapping[str, TableConfig],
+    config: ShardingConfig,
+    topology: Topology,
+    local_batch: int,
+    dense_bytes: int,
+) -> dict[str, str]:
+    """Digests of what decides a plan, by what people call it."""
+    lookups = [f.model_dump(mode="json") for f in features.sparse]
+    shapes = {name: [t.rows, t.width, t.dtype, t.pooling] for name, t in tables.items()}
+    stats = Path(config.stats).read_text() if config.stats and Path(config.stats).exists() else ""
+    allowed = config.model_dump(mode="json", exclude={"plan", "stats", "topology"})
+    ranks = [topology.device, topology.world_size, topology.ranks_per_node, topology.replicas]
+    parts = {
+        "tables": [lookups, shapes],
+        "ranks": ranks,
+        "topology": topology.model_dump(mode="json"),
+        "sharding": allowed,
+        "statistics": stats,
+        "batch": [local_batch, dense_bytes],
+    }
+    return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16] for k, v in parts.items()}
+
+
+def changes(cached: Plan, plan: Plan) -> list[str]:
+    """What a cached plan that was not used was made from otherwise."""
+    return [what for what in plan.inputs if cached.inputs.get(what) != plan.inputs[what]]
+
+
+def _constraints(
+    model: nn.Module, features: FeaturesConfig, tables: Mapping[str, TableConfig], config: ShardingConfig, ranks: int
+) -> dict[str, ParameterConstraints]:
+    known = {c.name: c for m in _collections(model) for c in m.embedding_bag_configs()}
+    if unknown := sorted(set(config.tables) - set(known)):
+        raise UserError(f"sharding.tables names {', '.join(unknown)}, but the tables are {', '.join(known)}")
+    columns = _pooling(features, read_stats(config.stats) if config.stats else None)
     constraints = {}
-    for name, table in tables.items():
-        allowed = config.tables.get(name, config.allowed)
-        possible = [
-            t for t in allowed if not (t in ("row_wise", "table_row_wise") and table.num_embeddings < world_size)
-        ]
+    for name, table in known.items():
+        own = config.tables.get(name, OTHERWISE)
+        allowed = own.types or config.allowed
+        rows = table.num_embeddings
+        possible = [t for t in allowed if not (t in ("row_wise", "table_row_wise") and rows < ranks)]
         if not possible:
             raise UserError(
-                f"table '{name}' has {table.num_embeddings} rows, too few for {' or '.join(allowed)} over {world_size} ranks; "
-                f"use at most {table.num_embeddings} ranks or allow data_parallel or table_wise for it (sharding.tables.{name})"
+                f"table '{name}' has {rows} rows, too few for {' or '.join(allowed)} over {ranks} ranks; "
+                f"use at most {rows} ranks or allow data_parallel or table_wise for it (sharding.tables.{name})"
             )
         constraints[name] = ParameterConstraints(
-            sharding_types=possible, compute_kernels=list(KERNELS), min_partition=config.min_column_shard
+            sharding_types=list(possible),
+            compute_kernels=[*(own.kernels or config.kernels), EmbeddingComputeKernel.DENSE.value],
+            min_partition=config.min_column_shard,
+            pooling_factors=[columns.get(feature, 1.0) for feature in table.feature_names],
+            is_weighted=any(f.weighted for f in features.sparse if f.table == name),
         )
     return constraints
+
+
+def _pooling(features: FeaturesConfig, stats: StreamStats | None) -> dict[str, float]:
+    """Ids per example of every feature whose column was measured. UserError for statistics without any."""
+    if stats is None:
+        return {}
+    found = {f.name: stats.columns[f.source].pooling for f in features.sparse if f.source in stats.columns}
+    if not found:
+        raise UserError(
+            f"sharding.stats is of stream '{stats.stream}' and has none of the columns {', '.join(f.source for f in features.sparse)}; "
+            "measure the job's own stream with `exfm data stats`"
+        )
+    return found
 
 
 def _collections(model: nn.Module) -> Iterable[EmbeddingBagCollection]:
     return (m for m in model.modules() if isinstance(m, EmbeddingBagCollection))
 
 
-def describe(plan: ShardingPlan) -> list[dict[str, Any]]:
+def describe(plan: Plan) -> list[dict[str, Any]]:
     """The plan as JSON-able rows: table, sharding type, kernel, and per shard rank, offsets, sizes."""
     rows: list[dict[str, Any]] = []
-    for module in plan.plan.values():
-        for table, parameter in module.items():  # type: ignore[attr-defined]
-            spec = parameter.sharding_spec
-            shards = [
-                {"rank": s.placement.rank(), "offsets": list(s.shard_offsets), "sizes": list(s.shard_sizes)}
-                for s in (spec.shards if spec is not None else [])
-            ]
-            rows.append(
-                {
-                    "table": table,
-                    "sharding_type": parameter.sharding_type,
-                    "compute_kernel": parameter.compute_kernel,
-                    "ranks": sorted(set(parameter.ranks or [s["rank"] for s in shards])),
-                    "shards": shards,
-                }
-            )
-    return sorted(rows, key=lambda r: str(r["table"]))
+    for table in plan.tables:
+        ranks = plan.ranks(table).tolist()
+        whole = table.sharding_type == ShardingType.DATA_PARALLEL.value
+        boxes = [] if whole else table.boxes().tolist()
+        shards = [{"rank": rank, "offsets": b[:2], "sizes": b[2:]} for rank, b in zip(ranks, boxes, strict=False)]
+        rows.append(
+            {
+                "table": table.table,
+                "sharding_type": table.sharding_type,
+                "compute_kernel": table.kernel,
+                "ranks": sorted(set(ranks)),
+                "shards": shards,
+            }
+        )
+    return rows
 
 
 def plan_table(plan: list[dict[str, Any]], tables: Mapping[str, TableConfig]) -> list[str]:

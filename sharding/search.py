@@ -142,7 +142,19 @@ class Board:
         key = np.where(roomy, key, np.inf)
         if kind == ShardingType.TABLE_COLUMN_WISE.value:
             return self._in_one_node(candidate.num_shards, key, local)
-        return least(key, candidate.num_shards)
+        if candidate.num_shards <= world:
+            return least(key, candidate.num_shards)
+        return self._in_turn(candidate, key)
+
+    def _in_turn(self, candidate: Candidate, key: np.ndarray) -> np.ndarray | None:
+        """More column shards than ranks: each rank in turn, from the first by `key`; None where they do not fit there."""
+        order = np.argsort(key, kind="stable")
+        ranks = order[np.arange(candidate.num_shards) % len(order)]
+        s, p = self.now, self.p
+        hbm, host = s.hbm.copy(), s.host.copy()
+        np.add.at(hbm, ranks, candidate.hbm)
+        np.add.at(host, ranks, candidate.host)
+        return ranks if np.isfinite(key).all() and (hbm <= p.hbm).all() and (host <= p.host).all() else None
 
     def _fits(self, candidate: Candidate, limit: float) -> bool:
         """Whether every rank has room for its shard of a candidate that has one on each."""

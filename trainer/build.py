@@ -21,12 +21,14 @@ from exfm.embeddings.tables import build_collection, fill_initial, pooled_featur
 from exfm.models.build import build_backbone
 from exfm.models.heads import Head
 from exfm.models.interface import InputSpec
-from exfm.sharding.planner import TableSharder, describe, plan_tables
+from exfm.sharding.plan import Plan
+from exfm.sharding.planner import TableSharder, describe
 from exfm.sharding.shards import Kernel, Shard, check_shards, local_kernels
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
+from exfm.trainer.planning import plan_here
 
 T = TypeVar("T")
 REHEARSALS = (
@@ -45,7 +47,8 @@ class Built:
     adapter: Adapter | None
     optimizers: Optimizers
     kernels: list[Kernel]
-    plan: list[dict[str, Any]]
+    plan: list[dict[str, Any]]  # row by row, as checkpoints keep it
+    planned: Plan
 
     @property
     def shards(self) -> list[Shard]:
@@ -58,8 +61,10 @@ class Built:
         return {name: module for name, module in named.items() if module is not None}
 
 
-def build(config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[float, ...]) -> Built:
-    """Build, plan, shard and wrap. Needs an initialised process group. UserError where no plan is possible."""
+def build(
+    config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[float, ...], plan: Plan | None = None
+) -> Built:
+    """Build, shard and wrap; plan where no plan is given. Needs an initialised process group. UserError where no plan is possible."""
     served, heads, adapter = build_dense(config, device)
     objective = Objective(served, heads, adapter, config.distillation.learn, offsets).to(device)
     module = TrainModule(
@@ -68,7 +73,7 @@ def build(config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[
         objective,
         tuple(f.name for f in config.features.sparse),
     )
-    model, kernels, plan = shard_tables(module, config, env, device)
+    model, kernels, plan = shard_tables(module, config, env, device, plan)
     shards = [shard for kernel in kernels for shard in kernel.shards]
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
@@ -80,7 +85,7 @@ def build(config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[
         objective.heads = wrap(heads, device) if env.world_size > 1 else heads
         groups.append(heads)
     optimizers = Optimizers(config.optim, groups, shards)
-    return Built(model, objective, served, heads, adapter, optimizers, kernels, plan)
+    return Built(model, objective, served, heads, adapter, optimizers, kernels, describe(plan), plan)
 
 
 @dataclass
@@ -93,7 +98,7 @@ class Scoring:
     plan: list[dict[str, Any]]
 
 
-def build_scoring(config: JobConfig, env: RankEnv, device: torch.device) -> Scoring:
+def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: Plan | None = None) -> Scoring:
     """Build and shard what scores: tables and served model, without heads, adapter or dense engine."""
     served, _, _ = build_dense(config, device)
     module = TrainModule(
@@ -102,20 +107,21 @@ def build_scoring(config: JobConfig, env: RankEnv, device: torch.device) -> Scor
         ScoreObjective(served),
         tuple(f.name for f in config.features.sparse),
     )
-    model, kernels, plan = shard_tables(module, config, env, device)
-    return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], plan)
+    model, kernels, plan = shard_tables(module, config, env, device, plan)
+    return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], describe(plan))
 
 
 def shard_tables(
-    module: TrainModule, config: JobConfig, env: RankEnv, device: torch.device
-) -> tuple[nn.Module, list[Kernel], list[dict[str, Any]]]:
-    """Plan and shard a module's `tables` and `weighted`: the module, its lookup kernels here, the plan."""
+    module: TrainModule, config: JobConfig, env: RankEnv, device: torch.device, plan: Plan | None
+) -> tuple[nn.Module, list[Kernel], Plan]:
+    """Shard a module's `tables` and `weighted`: the module, its lookup kernels here, the plan."""
     # set before sharding: FBGEMM takes the optimiser into its backward kernel
     for collection in (module.tables, module.weighted):
         if collection is not None:
             kwargs = {"lr": config.optim.tables.lr, "eps": config.optim.tables.eps}
             apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), kwargs)
-    plan = make_plan(module, config, env, device)
+    plan = plan or plan_here(config, device.type, env.world_size, env.local_world_size, None)[0]
+    _check_equal(plan)
     assert get_gradient_division(), "TorchRec must divide embedding gradients by the world size"
     pg = dist.group.WORLD
     assert pg is not None
@@ -123,13 +129,13 @@ def shard_tables(
         module,
         env=ShardingEnv.from_process_group(pg),
         device=device,
-        plan=plan,
+        plan=plan.torchrec(),
         sharders=[TableSharder()],  # type: ignore[list-item]
         init_data_parallel=False,
     )
     kernels = list(local_kernels(model))
     check_shards([shard for kernel in kernels for shard in kernel.shards], describe(plan), env.rank)
-    return model, kernels, describe(plan)
+    return model, kernels, plan
 
 
 def rehearse(built: Built, batch: Batch, device: torch.device) -> None:
@@ -177,15 +183,12 @@ def _seeded(make: Callable[[], T], *names: Any) -> T:
         return make()
 
 
-def make_plan(module: nn.Module, config: JobConfig, env: RankEnv, device: torch.device) -> Any:
-    """The sharding plan, computed by every rank alone (so nobody waits in a collective) and checked to be the same."""
-    local_batch = -(-config.stream.global_batch // env.world_size)
-    plan = plan_tables(module, config.sharding, device.type, env.world_size, env.local_world_size, local_batch)
-    mine = salt_of(str(describe(plan)))
+def _check_equal(plan: Plan) -> None:
+    """Every rank has planned alone, so that nobody waits in a collective."""
+    mine = salt_of(plan.model_dump_json())
     same = torch.tensor([mine, -mine], dtype=torch.int64)
     dist.all_reduce(same, op=dist.ReduceOp.MAX)
     assert same[0] == -same[1] == mine, "ranks made different sharding plans"
-    return plan
 
 
 def _ddp(module: nn.Module, device: torch.device) -> nn.Module:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from exfm.data.columns import padding
-from exfm.data.commit import commit_json, open_folder
+from exfm.data.commit import open_folder
 from exfm.data.hashing import id_sum
 from exfm.data.manifest import Stream, open_stream
 from exfm.data.reader import SliceReader, ahead, open_slice, slices_of
 from exfm.distillation.supervision import SupervisionLog
 from exfm.distillation.version import Identity, Origin, genesis, next_version, slice_digest
+from exfm.sharding.plan import Plan
 from exfm.sharding.planner import plan_table
 from exfm.trainer.build import build, rehearse
 from exfm.trainer.columns import batch_columns
@@ -27,6 +28,7 @@ from exfm.trainer.guard import Check, LossGuard, Position
 from exfm.trainer.ledger import Entry
 from exfm.trainer.log import RunLog
 from exfm.trainer.metrics import Metrics, Predictions
+from exfm.trainer.planning import PLAN
 from exfm.trainer.publish import Publisher
 from exfm.trainer.steps import PIPELINES, Feed, HostCopies, Pipeline
 from exfm.trainer.summary import slice_line, write_summary
@@ -58,7 +60,9 @@ class Job:
         device: torch.device,
         should_stop: Callable[[], bool],
         doing: Doing | None = None,
+        planned: tuple[Plan, str] | None = None,
     ) -> None:
+        """planned: the sharding plan, and in words where it comes from; made here if it is not given."""
         self.config, self.env, self.device, self.should_stop = config, env, device, should_stop
         self.doing = doing or Doing()
         self.doing.phase = BUILDING
@@ -68,7 +72,8 @@ class Job:
         self.first_evaluated = self.slices.start + int(np.ceil(config.evaluation.skip * len(self.slices)))
         self.columns = batch_columns(config, self.stream)
         offsets = self.stream.schema.logit_offsets(config.heads.tasks)
-        self.built = build(config, env, device, offsets)
+        plan, self.plan_word = planned or (None, "")
+        self.built = build(config, env, device, offsets, plan)
         rehearse(self.built, padding(self.columns, 1), device)
         self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
         self.commits = Commits(self)
@@ -300,12 +305,14 @@ class Job:
         size = self.built.served.size()
         rows = sum(t.rows * t.width for t in self.config.tables.values())
         if self.env.rank == 0:
-            commit_json(self.ledger_fs, str((self.folder / "plan.json").absolute()), self.built.plan)
+            self.built.planned.write(self.folder / PLAN)
         self.log.say(
             f"{self.env.world_size} rank(s) on {self.device.type}, pipeline {PIPELINES[self.config.run.pipeline].__name__}, dense engine "
             f"{self.config.dense_engine.kind}; {rows:,} table and {size.num_parameters:,} dense parameters, "
             f"{size.flops_per_example:,} FLOP per example forward"
         )
+        if self.plan_word:
+            self.log.say(self.plan_word)
         for line in plan_table(self.built.plan, self.config.tables):
             self.log.say(line)
 

@@ -20,11 +20,13 @@ from exfm.checkpoints.storage import Storage
 from exfm.data.commit import commit, open_folder
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
+from exfm.sharding.plan import Plan
 from exfm.trainer.config import JobConfig, RunConfig, check_against_stream, check_ranks
 from exfm.trainer.ending import DONE, FAILED, STOPPED, WRONG_INPUT, decided, write_exit
 from exfm.trainer.env import RankEnv, pick_device, process_group
 from exfm.trainer.guard import BadLoss, Position, recover
 from exfm.trainer.loop import Job
+from exfm.trainer.planning import plan_here
 from exfm.trainer.score_config import ScoreConfig
 from exfm.trainer.scorer import run_score
 from exfm.trainer.watch import JOINING, RESTORING, Doing, RankLost, Watch
@@ -36,11 +38,13 @@ def run_job(
     """Train to the end or a stop; DONE or STOPPED. UserError, SaveError, BadLoss or RankLost where it cannot go on."""
     check_ranks(config, env.world_size)
     check_against_stream(config, open_stream(config.stream.path, config.stream.labels))
+    device_type = pick_device(config.run.device, env).type
+    planned = plan_here(config, device_type, env.world_size, env.local_world_size, Path(config.run.folder))
     with joined(config.run, env, watch) as (device, doing), _commits_lock(config, env):
         failure: tuple[str, Position] | None = None
         for left in reversed(range(config.run.max_restores + 1)):
             try:
-                return _attempt(config, env, device, should_stop, doing, failure)
+                return _attempt(config, env, device, should_stop, doing, failure, planned)
             except BadLoss as error:
                 if left == 0 or config.run.on_bad_loss == "fail":
                     raise
@@ -88,9 +92,10 @@ def _attempt(
     should_stop: Callable[[], bool],
     doing: Doing,
     failure: tuple[str, Position] | None,
+    planned: tuple[Plan, str],
 ) -> int:
     """failure: the bad loss, and where it was noticed, that ended the attempt before."""
-    job = Job(config, env, device, should_stop, doing)
+    job = Job(config, env, device, should_stop, doing, planned)
     try:
         doing.phase = RESTORING
         resumed = job.commits.restore()

@@ -11,7 +11,10 @@ import yaml
 
 from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
+from exfm.sharding.plan import read_plan
+from exfm.sharding.planner import describe
 from exfm.trainer.metrics import entropy
+from exfm.trainer.planning import PLAN
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2}
 
@@ -83,7 +86,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         config_text=text,
         summary=_json(folder / "summary.json"),
-        plan=_json(folder / "plan.json") or [],
+        plan=_plan(folder),
         slices=[line for line in lines if line["kind"] == "slice"],
         ticks=[
             (line["share"], line["examples"] / line["examples_per_s"], line["examples"])
@@ -91,6 +94,12 @@ def read_run(folder: Path) -> Run:
             if line["examples_per_s"]
         ],
     )
+
+
+def _plan(folder: Path) -> list[dict[str, Any]]:
+    """Shard by shard; none where the job has not begun, rows as they are in a plan of an earlier version."""
+    found = _json(folder / PLAN) or []
+    return found if isinstance(found, list) else describe(read_plan(folder / PLAN))
 
 
 def _json(path: Path) -> Any:

@@ -51,7 +51,9 @@ def stream(tmp_path_factory) -> str:
 
 
 def make(folder: Path, stream: str, place: Place, **over: Any) -> Raw:
-    return job(folder, stream, sharding__allowed=[place[1]], tables__user=dict(WIDE), **over)
+    """Column shards of `user` are 4 wide, as those of the other tables must be."""
+    cut = {"sharding__tables": {"user": {"column_shard": 4}}} | over
+    return job(folder, stream, sharding__allowed=[place[1]], tables__user=dict(WIDE), **cut)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,8 @@ def test_every_source_is_restored(target, sources, stream, tmp_path, on_ranks):
 def test_sums_of_four_column_shards_become_those_of_two(sources, stream, tmp_path, on_ranks):
     raw = sources[2, "column_wise"]
     assert read_checkpoint(newest(raw))["tables.user.adagrad_sum"].shape[1] == 4
-    then = make(tmp_path / "run", stream, (3, "column_wise"), sharding__min_column_shard=8)
+    two = {"user": {"column_shard": 8}}
+    then = make(tmp_path / "run", stream, (3, "column_wise"), sharding__tables=two)
     found = on_ranks(3, restore_all, then, [(raw["run"]["folder"] + "/checkpoints", newest(raw))])
     assert [text for wrong, _ in found for text in wrong] == []
 

@@ -17,6 +17,8 @@ from exfm.checkpoints.commits import committed
 from exfm.checkpoints.saver import Saver
 from exfm.checkpoints.snapshots import load_snapshot
 from exfm.checkpoints.storage import Storage
+from exfm.sharding.plan import read_plan
+from exfm.sharding.planner import describe
 from exfm.trainer.run import DONE
 from tests.trainer.jobs import Raw, job, make_stream, on, read_checkpoint, replaced, run, same, student, teacher
 
@@ -110,7 +112,7 @@ def test_int8_rows_are_within_half_a_step_of_the_weights(ranks, deltas, stream, 
         on(on_ranks, ranks, r)
     want = weights_of(full, 8)
     got = loaded(raw, 3, want)
-    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    plan = describe(read_plan(tmp_path / "run/plan.json"))
     columns = {row["table"]: len({s["offsets"][1] for s in row["shards"]}) or 1 for row in plan}
     assert columns["item"] > 1
     for name, weights in want.items():
@@ -128,6 +130,7 @@ def test_int8_snapshots_take_about_a_quarter(tmp_path, stream):
     for rows in ("as_trained", "int8"):
         raw = make(tmp_path / rows, stream, {"rows": rows})
         raw["tables"]["item"]["width"] = 128
+        raw["sharding"]["tables"]["item"] = {"types": ["column_wise"], "column_shard": 4}
         run(raw)
         index = json.loads((tmp_path / rows / "snapshots/slice=000003/index.json").read_text())["tensors"]
         entry = index["tables.item.weight" if rows == "as_trained" else "tables.item.int8"]

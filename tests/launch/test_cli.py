@@ -178,8 +178,9 @@ def test_synthetic_data_can_be_made_inspected_and_planned(exfm: Exfm, tmp_path: 
     assert code == 0 and len(json.loads(text)["slices"]) == 2
     code, text, _ = exfm("plan", CONFIGS / "movielens_teacher.yaml", "--world-size", 16, "--json")
     plan = json.loads(text)
-    assert code == 0 and {r["table"] for r in plan} >= {"user", "movie"}
-    assert all(0 <= rank < 16 for row in plan for rank in row["ranks"])
+    assert code == 0 and {r["table"] for r in plan["tables"]} >= {"user", "movie"}
+    assert all(0 <= place < 16 for row in plan["tables"] for place in row["where"])
+    assert plan["ms"]["worst"] >= plan["ms"]["bound"] > 0 and plan["hbm_gib"]["worst"] > 0
 
 
 def test_a_table_that_cannot_use_so_many_ranks_is_refused_with_the_remedy(exfm: Exfm) -> None:

@@ -100,20 +100,21 @@ def test_every_row_and_column_lies_in_exactly_one_place_and_no_rank_is_over_its_
                 assert r + h <= r2 or r2 + h2 <= r or c + w <= c2 or c2 + w2 <= c
         if table.sharding_type in ("table_row_wise", "table_column_wise"):
             assert len({rank // node for rank in ranks.tolist()}) == 1
-        if table.sharding_type in ("column_wise", "table_column_wise"):
+        if table.sharding_type in ("column_wise", "table_column_wise") and len(ranks) <= world:
             assert len(set(ranks.tolist())) == len(ranks)
     assert plan.by_rank("hbm").max() <= topology.hbm_bytes and plan.by_rank("host").max() <= topology.host_bytes
     assert plan.cost >= plan.bound_ms * (1 - 1e-9)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
-@settings(max_examples=1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(many)
 def test_its_cost_is_what_torchrec_says_of_it(case):
     rows, pooling, (world, node) = case
     topology = gpu_topology("h100", world, node)
     plan, own = planned(rows, pooling, topology), constraints(pooling)
-    assert np.allclose(plan.ms, torchrecs_cost(plan.torchrec(), model(rows), topology, own), rtol=1e-9)
+    theirs = torchrecs_cost(plan.torchrec(), model(rows), topology, own)
+    assert plan.ms == pytest.approx(theirs, rel=1e-9, abs=0)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,91 @@
+"""What the dense part of a job takes on one rank, found by one traced step on the meta device: nothing is allocated."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from exfm.sharding.memory import DenseMemory
+from exfm.trainer.build import build_dense
+from exfm.trainer.config import JobConfig
+
+META = torch.device("meta")
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that something still holds, and the most since `restart`."""
+
+    def __init__(self, others: Iterable[Tensor]) -> None:
+        """others: tensors whose storages do not count, though operations return views of them."""
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+        for tensor in others:
+            self.known[tensor.untyped_storage()] = 0
+
+    def watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self.known:
+            return
+        size = storage.nbytes()
+        self.known[storage] = size
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.bytes -= size
+
+    def restart(self) -> None:
+        self.peak = self.bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.watch(leaf)
+        return out
+
+
+class _Entrance(torch.autograd.Function):
+    """Where the gradient leaves the dense part: its storage's size is noted, the gradient dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, anchor: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return pooled.view_as(pooled)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.sizes.append(gradients[0].untyped_storage().nbytes())
+        return None, None, None
+
+
+def dense_memory(config: JobConfig, local_batch: int) -> DenseMemory:
+    """Of the served model and the distillation heads under DDP, for so many examples a step."""
+    with META:
+        served, heads, _ = build_dense(config, META)
+        pooled_width = sum(config.tables[f.table].width for f in config.features.sparse)
+        modules = nn.ModuleList([served] if heads is None else [served, heads])
+        anchor, sizes = torch.zeros((), requires_grad=True), list[int]()
+        # DDP copies every gradient into its bucket as soon as it is there
+        for p in modules.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        dense = torch.empty(local_batch, len(config.features.dense))
+        with Alive([*modules.parameters(), dense, anchor]) as alive:
+            pooled = torch.empty(local_batch, pooled_width)
+            entered = _Entrance.apply(pooled, anchor, sizes)
+            logits, x = served(dense, entered)
+            outputs = [logits.sum()] + ([] if heads is None else [heads(x).sum()])
+            del pooled, entered, logits, x
+            forward, saved = alive.peak, alive.bytes
+            alive.restart()
+            torch.autograd.backward(outputs)
+            backward = alive.peak
+    weights = sum(p.numel() * p.element_size() for p in modules.parameters())
+    return DenseMemory(weights, weights, 2 * weights, saved, forward, backward, sizes[0])

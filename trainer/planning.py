@@ -1,0 +1,74 @@
+"""The sharding plan of a job, made by every rank alone before there is a process group: nobody waits in a collective for it."""
+
+import time
+from pathlib import Path
+
+from torch import nn
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from exfm.data.errors import UserError
+from exfm.embeddings.tables import build_collection, pooled_features
+from exfm.models.build import build_backbone
+from exfm.models.heads import Head
+from exfm.models.interface import InputSpec
+from exfm.sharding.plan import Plan, read_plan
+from exfm.sharding.planner import changes, plan_job, topology_of
+from exfm.sharding.topology import Topology
+from exfm.trainer.config import JobConfig
+
+PLAN = "plan.json"
+DENSE_BYTES = 20  # of a dense parameter under ddp: fp32 weight, gradient, bucket and Adam's two moments
+
+
+def dense_parameters(config: JobConfig) -> int:
+    """Of backbone and served head; distillation heads are small beside them."""
+    backbone = build_backbone(
+        config.model, InputSpec(len(config.features.dense), pooled_features(config.features, config.tables))
+    )
+    size = backbone.size() + Head(backbone.out_width, config.heads.hidden, len(config.heads.tasks)).size()
+    return int(size.num_parameters)
+
+
+def plan_on(config: JobConfig, topology: Topology, cached: Plan | None = None, dense_bytes: int | None = None) -> Plan:
+    """The plan of a job on given machines. dense_bytes: of every rank; default: of the dense part under ddp.
+
+    UserError where there is none, or the plan file of the config is of something else.
+    """
+    module = nn.ModuleDict()  # named as in TrainModule
+    for name, weighted in (("tables", False), ("weighted", True)):
+        collection = build_collection(config.features, config.tables, weighted)
+        if collection is not None:
+            # the estimator of memory looks for it
+            apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.0})
+            module[name] = collection
+    local_batch = -(-config.stream.global_batch // topology.world_size)
+    dense = DENSE_BYTES * dense_parameters(config) if dense_bytes is None else dense_bytes
+    return plan_job(module, config.features, config.tables, config.sharding, topology, local_batch, dense, cached)
+
+
+def plan_here(
+    config: JobConfig, device_type: str, world_size: int, ranks_per_node: int, folder: Path | None
+) -> tuple[Plan, str]:
+    """The plan of a launched job, and where it comes from, in words. folder: the run's, whose plan is taken if it was made from the
+    same.
+    """
+    if config.sharding.replicas > 1:
+        raise UserError(
+            f"sharding.replicas is {config.sharding.replicas}; replicas can be planned but not trained; set 1"
+        )
+    topology = topology_of(config.sharding, device_type, world_size, ranks_per_node)
+    cached, path = None, None if folder is None else folder / PLAN
+    if path is not None and path.exists() and not config.sharding.plan:
+        try:
+            cached = read_plan(path)
+        except UserError:
+            cached = None  # of another version; it is written anew
+    begun = time.monotonic()
+    plan = plan_on(config, topology, cached)
+    if config.sharding.plan:
+        return plan, f"plan of {config.sharding.plan}"
+    if cached is plan:
+        return plan, f"plan of {path}"
+    why = "" if cached is None else f"; that of {path} was made from other {', '.join(changes(cached, plan))}"
+    return plan, f"planned in {time.monotonic() - begun:.1f} s for {topology.name}{why}"
