@@ -154,20 +154,37 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100-80g, h100, h200, b200, or a YAML of `exfm bench topology`")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda",
     replicas: Annotated[int | None, typer.Option(help="copies of all tables (2D parallelism)")] = None,
+    local_batch: Annotated[
+        int | None, typer.Option(help="examples of a rank and step; default: the config's global batch over the ranks")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write the plan, for sharding.plan of a job")] = None,
+    dry_run_rank: Annotated[
+        str, typer.Option(help="a rank, or worst: build it here and step it among loopback peers")
+    ] = "",
+    steps: Annotated[int, typer.Option(help="of the dry run")] = 5,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Plan where tables go, whether they fit and what a step costs; needs no GPU and no process group."""
     from exfm.launch.planning import plan_config, render, summary
 
-    planned = plan_config(config, sets or [], world_size, gpus_per_node, gpu, device, replicas)
+    planned = plan_config(config, sets or [], world_size, gpus_per_node, gpu, device, replicas, local_batch)
     if out is not None:
         planned.plan.write(out)
-    if as_json:
-        _print(summary(planned))
-    else:
+    if not as_json:
         Console().print(render(planned), highlight=False)
+    if not dry_run_rank:
+        if as_json:
+            _print(summary(planned))
+        return
+    from exfm.launch.dryrun import dry_run_rank as dry_run
+    from exfm.launch.dryrun import lines
+
+    found = dry_run(planned, dry_run_rank, steps)
+    if as_json:
+        _print(summary(planned) | {"dry_run": found})
+    else:
+        print("\n".join(lines(planned, found)))
 
 
 @app.command()

@@ -32,9 +32,16 @@ class Planned:
 
 
 def plan_config(
-    config: Path, sets: Sequence[str], world_size: int, ranks_per_node: int, gpu: str, device: str, replicas: int | None
+    config: Path,
+    sets: Sequence[str],
+    world_size: int,
+    ranks_per_node: int,
+    gpu: str = "",
+    device: str = "cuda",
+    replicas: int | None = None,
+    local_batch: int | None = None,
 ) -> Planned:
-    """gpu: a GPU's name or a topology's YAML file, "" for the config's. UserError where no plan is possible."""
+    """local_batch: examples of a rank and step; default: the config's global batch over the ranks. gpu: a GPU's name or a topology's YAML file, "" for the config's. UserError where no plan is possible."""
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device is '{device}'; use cpu or cuda")
     if ranks_per_node < 1 or world_size < 1 or (world_size > ranks_per_node and world_size % ranks_per_node):
@@ -46,6 +53,12 @@ def plan_config(
     if replicas is not None:
         own["replicas"] = replicas
     job = job.model_copy(update={"sharding": job.sharding.model_copy(update=own)})
+    if local_batch is not None:
+        if local_batch < 1:
+            raise UserError(f"--local-batch is {local_batch}; use 1 or more examples")
+        job = job.model_copy(
+            update={"stream": job.stream.model_copy(update={"global_batch": local_batch * world_size})}
+        )
     check_features(job.features, job.tables)
     check_ranks(job, world_size)
     topology = topology_of(job.sharding, device, world_size, min(ranks_per_node, world_size))
@@ -115,7 +128,7 @@ def render(planned: Planned) -> RenderableType:
         + (f", {t.replicas} replicas" if t.replicas > 1 else "")
         + f"), {plan.batch:,} examples a rank; planned in {s['seconds']:.1f} s"
     )
-    over = 100 * (plan.cost / plan.bound_ms - 1) if plan.bound_ms else 0.0
+    over = max(0.0, 100 * (plan.cost / plan.bound_ms - 1)) if plan.bound_ms else 0.0
     cost = Text(
         f"embedding step by TorchRec's perf model: slowest rank {ms['worst']:.2f} ms, mean {ms['mean']:.2f}, fastest {ms['best']:.2f}; no plan is "
         f"below {ms['bound']:.2f} ms, so this one is at most {over:.1f}% above the best"

@@ -18,28 +18,8 @@ from exfm.sharding.candidates import EVERYWHERE, ON_NODES, Candidate
 
 # step times to aim at, by the lower bound
 SLACKS = (
-    1.0,
-    1.01,
-    1.02,
-    1.03,
-    1.04,
-    1.06,
-    1.08,
-    1.12,
-    1.17,
-    1.25,
-    1.35,
-    1.5,
-    1.75,
-    2.0,
-    2.5,
-    3.0,
-    4.0,
-    6.0,
-    10.0,
-    30.0,
-    math.inf,
-)
+    *(1 + k / 200 for k in range(11)), 1.06, 1.08, 1.12, 1.17, 1.25, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 30.0, math.inf,
+)  # fmt: skip
 PRICE_FACTORS = (1.0, 0.0, 1.5, 4.0, 20.0)
 GRAINS = (1.0, 0.55, 0.35, 0.25)  # largest shard that is preferred, by the step time aimed at: small ones pack better
 STARTS = 3  # of the best packings, how many are improved
@@ -256,7 +236,7 @@ def _packings(problem: Problem, totals: Totals, bound: Bound) -> Iterator[Board]
     best = math.inf
     for factor, grain, rule in product(factors, GRAINS, RULES):
         prices = prices_of(totals, problem.ranks, bound.prices * factor)
-        for slack in (s for s in SLACKS if s <= best * 1.1):
+        for slack in (s for s in SLACKS if s <= best * 1.02):
             limit = max(bound.ms, 1e-9) * slack
             if (board := pack(problem, totals, prices, limit, rule, grain)) is not None:
                 best = min(best, slack)

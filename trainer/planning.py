@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import torch
 from torch import nn
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -23,10 +24,11 @@ DENSE_BYTES = 20  # of a dense parameter under ddp: fp32 weight, gradient, bucke
 
 def dense_parameters(config: JobConfig) -> int:
     """Of backbone and served head; distillation heads are small beside them."""
-    backbone = build_backbone(
-        config.model, InputSpec(len(config.features.dense), pooled_features(config.features, config.tables))
-    )
-    size = backbone.size() + Head(backbone.out_width, config.heads.hidden, len(config.heads.tasks)).size()
+    inputs = InputSpec(len(config.features.dense), pooled_features(config.features, config.tables))
+    with torch.device("meta"):  # the largest presets would not fit here
+        backbone = build_backbone(config.model, inputs)
+        head = Head(backbone.out_width, config.heads.hidden, len(config.heads.tasks))
+    size = backbone.size() + head.size()
     return int(size.num_parameters)
 
 

@@ -180,7 +180,32 @@ def test_synthetic_data_can_be_made_inspected_and_planned(exfm: Exfm, tmp_path: 
     plan = json.loads(text)
     assert code == 0 and {r["table"] for r in plan["tables"]} >= {"user", "movie"}
     assert all(0 <= place < 16 for row in plan["tables"] for place in row["where"])
-    assert plan["ms"]["worst"] >= plan["ms"]["bound"] > 0 and plan["hbm_gib"]["worst"] > 0
+    assert plan["ms"]["worst"] >= plan["ms"]["bound"] * (1 - 1e-9) > 0 and plan["hbm_gib"]["worst"] > 0
+
+
+def test_one_rank_of_a_plan_is_built_and_stepped_here(exfm: Exfm, tmp_path: Path) -> None:
+    args = "plan", CONFIGS / "synth_teacher.yaml", "--world-size", 16, "--device", "cpu", "--dry-run-rank"
+    code, text, _ = exfm(*args, "worst", "--steps", 1, "--json", "--out", tmp_path / "plan.json")
+    found = json.loads(text)["dry_run"]
+    assert code == 0 and 0 <= found["rank"] < 16 and found["steps"] == 1
+    assert found["measured_bytes"] > found["weights_bytes"] > 0 and found["estimated_bytes"] > 0
+    assert json.loads((tmp_path / "plan.json").read_text())["topology"]["world_size"] == 16
+    code, _, err = exfm(*args, "16")
+    assert code == 2 and "--dry-run-rank is 16; give a rank from 0 to 15, or worst" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--world-size", 12], "not a whole number of nodes of 8"),
+        (["--gpu", "h900"], "GPU 'h900' is not known; give one of a100-80g, h100, h200, b200"),
+        (["--local-batch", 0], "--local-batch is 0; use 1 or more"),
+        (["--set", "sharding.plan=none.json"], "plan none.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(args: list[Any], message: str, exfm: Exfm) -> None:
+    code, _, err = exfm("plan", CONFIGS / "movielens_teacher.yaml", *args)
+    assert code == 2 and message in err
 
 
 def test_a_table_that_cannot_use_so_many_ranks_is_refused_with_the_remedy(exfm: Exfm) -> None:

@@ -1,0 +1,83 @@
+"""The plan of a job: from its config alone, kept beside the run, taken from a file, refused where it is of something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exfm.data.errors import UserError
+from exfm.data.stats import ColumnStats, StreamStats, write_stats
+from exfm.sharding.plan import read_plan
+from exfm.sharding.topology import gpu_topology
+from exfm.trainer.planning import plan_here, plan_on
+from tests.trainer.jobs import Raw, job, make_stream, parsed, replaced, run
+
+
+@pytest.fixture
+def raw(tmp_path) -> Raw:
+    return job(tmp_path / "run", "no stream", sharding__allowed=["table_wise", "row_wise"])
+
+
+def test_a_run_keeps_its_plan_and_takes_it_again_only_while_it_is_made_from_the_same(tmp_path, raw):
+    stream = make_stream(tmp_path / "stream", (40,)).root
+    trained = replaced(raw, stream__path=stream)
+    run(trained)
+    folder = Path(raw["run"]["folder"])
+    plan, word = plan_here(parsed(trained), "cpu", 1, 1, folder)
+    assert plan == read_plan(folder / "plan.json") and word == f"plan of {folder}/plan.json"
+    other, word = plan_here(parsed(trained), "cpu", 2, 2, folder)
+    assert other != plan and "was made from other ranks, topology, batch" in word
+    wider = replaced(trained, tables__item__width=16)
+    assert "was made from other tables, batch" in plan_here(parsed(wider), "cpu", 1, 1, folder)[1]
+
+
+def test_a_plan_file_is_used_as_it_is_and_refused_for_other_tables_or_ranks(tmp_path, raw):
+    path = tmp_path / "given.json"
+    plan_here(parsed(raw), "cpu", 2, 2, None)[0].write(path)
+    given = replaced(raw, sharding__plan=str(path), sharding__allowed=["data_parallel"])
+    assert plan_here(parsed(given), "cpu", 2, 2, None)[0] == read_plan(path)
+    with pytest.raises(UserError, match=r"was made for other ranks; make it anew"):
+        plan_here(parsed(given), "cpu", 3, 3, None)
+    with pytest.raises(UserError, match=r"was made for other tables; make it anew"):
+        plan_here(parsed(replaced(given, tables__item__rows=14)), "cpu", 2, 2, None)
+
+
+def test_measured_ids_per_example_decide_what_a_table_costs(tmp_path, raw):
+    def cost(pooling: float) -> dict[str, float]:
+        own = ColumnStats(
+            pooling=pooling, presence=1.0, unique_rate=1.0, distinct=9, zipf=1.0, hot=dict.fromkeys(("0.001", "0.01", "0.1"), 1.0), reuse=(0.0,) * 20
+        )  # fmt: skip
+        stats = StreamStats(
+            stream="s", examples=9, batch=9, slices=(0, 1), bytes_per_example=1.0, columns={"user": own}
+        )
+        write_stats(tmp_path / "stats.yaml", stats)
+        config = parsed(replaced(raw, sharding__stats=str(tmp_path / "stats.yaml"), sharding__allowed=["table_wise"]))
+        return {t.table: t.total("ms") for t in plan_on(config, gpu_topology("h100", 8)).tables}
+
+    one, many = cost(1.0), cost(50.0)
+    assert many["user"] > 2 * one["user"] and many["item"] == one["item"]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"tables": {"user": {"ranks": [0, 9]}}}, r"sharding.tables.user.ranks names rank 9; there are 0 to 1"),
+        (
+            {"tables": {"user": {"types": ["column_wise"], "column_shard": 12}}},
+            r"'user' is 8 wide and column_shard is 12: its column shards can be 4 wide",
+        ),
+        ({"replicas": 2}, "replicas can be planned but not trained"),
+        ({"topology": "h100"}, "sharding.topology h100 is of cuda, the job runs on cpu"),
+        ({"plan": "/nowhere.json"}, "plan /nowhere.json cannot be read"),
+        ({"host_gib": 0.000001}, "table 'item' does not fit|table 'user' does not fit|short"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(over, message, raw):
+    with pytest.raises(UserError, match=message):
+        plan_here(parsed(replaced(raw, **{f"sharding__{k}": v for k, v in over.items()})), "cpu", 2, 2, None)
+
+
+def test_a_plan_of_another_version_beside_a_run_is_made_anew(tmp_path, raw):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/plan.json").write_text(json.dumps([{"table": "user"}]))
+    assert plan_here(parsed(raw), "cpu", 1, 1, tmp_path / "run")[1].startswith("planned in")
