@@ -148,7 +148,7 @@ def stream(
 
 @app.command()
 def plan(
-    config: Path,
+    config: Annotated[Path | None, typer.Argument(help="a job's config; not with --compare")] = None,
     world_size: Annotated[int, typer.Option(help="ranks")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="ranks per node")] = 8,
     gpu: Annotated[str, typer.Option(help="a100-80g, h100, h200, b200, or a YAML of `exfm bench topology`")] = "",
@@ -157,7 +157,13 @@ def plan(
     local_batch: Annotated[
         int | None, typer.Option(help="examples of a rank and step; default: the config's global batch over the ranks")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="write the plan, for sharding.plan of a job")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the plan, for sharding.plan of a job, and a page beside it")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.json B.json", help="two plans side by side: writes --out, default plan.html"),
+    ] = None,
     dry_run_rank: Annotated[
         str, typer.Option(help="a rank, or worst: build it here and step it among loopback peers")
     ] = "",
@@ -167,10 +173,18 @@ def plan(
 ) -> None:
     """Plan where tables go, whether they fit and what a step costs; needs no GPU and no process group."""
     from exfm.launch.planning import plan_config, render, summary
+    from exfm.launch.report.planned import write_plan_page
+    from exfm.sharding.plan import read_plan
 
+    if compare is not None:
+        page = write_plan_page(out or Path("plan.html"), [(p.stem, read_plan(p)) for p in compare])
+        return _print({"report": str(page)}) if as_json else print(page)
+    if config is None:
+        raise UserError("exfm plan needs a job's config, or --compare A.json B.json")
     planned = plan_config(config, sets or [], world_size, gpus_per_node, gpu, device, replicas, local_batch)
     if out is not None:
         planned.plan.write(out)
+        write_plan_page(out.with_suffix(".html"), [(config.stem, planned.plan)])
     if not as_json:
         Console().print(render(planned), highlight=False)
     if not dry_run_rank:
