@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
-from exfm.checkpoints.commits import NAME, Committed, chain, listing
+from exfm.checkpoints.commits import NAME, Committed, chain, listing, order
 from exfm.checkpoints.holding import removing
 from exfm.checkpoints.layout import MANIFEST, PINNED, Damaged
 from exfm.checkpoints.storage import Storage
@@ -34,7 +34,8 @@ def clean(
                 wanted |= {c.name} | rested_on([c.name], everything)
         seen = {c.name for c in everything}
         removed = [n for n in storage.names() if NAME.fullmatch(n) and n not in wanted and (uncommitted or n in seen)]
-        for name in removed:
+        # whoever dies in between must leave no delta without what it rests on
+        for name in sorted(removed, key=order, reverse=True):
             storage.remove(f"{name}/{MANIFEST}")
             storage.remove(name)
     return removed

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from exfm.checkpoints.commits import Committed, committed
+from exfm.checkpoints.keeping import clean, is_whole
+from exfm.checkpoints.storage import Storage
 from exfm.embeddings.config import SparseFeature, TableConfig
 from exfm.embeddings.ids import IdMap
 from exfm.trainer.run import DONE
@@ -209,3 +211,26 @@ def full_of(raw: Raw, folder: Path) -> Raw:
     whole = replaced(raw, run__folder=str(folder / "whole"), checkpoint={})
     run(whole)
     return whole
+
+
+@pytest.mark.parametrize("removals", [1, 2, 3])
+def test_a_death_while_old_commits_are_removed_leaves_none_without_what_it_rests_on(
+    removals, stream, tmp_path, monkeypatch
+):
+    """Chains of a full commit and a delta; the newest chain is kept, the process dies after so many removals."""
+    raw = make(tmp_path / "run", stream, full_every=2)
+    run(raw)
+    assert [c.kind for c in commits(raw)] == ["full", "delta"] * 2
+    storage, removed, remove = Storage(tmp_path / "run/checkpoints"), [], Storage.remove
+
+    def dies(self: Storage, path: str) -> None:
+        if len(removed) == removals:
+            raise KeyboardInterrupt
+        removed.append(path)
+        remove(self, path)
+
+    monkeypatch.setattr(Storage, "remove", dies)
+    with pytest.raises(KeyboardInterrupt):
+        clean(storage, 1, 0)
+    assert len(removed) == removals
+    assert all(is_whole(c, commits(raw)) for c in commits(raw))

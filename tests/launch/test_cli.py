@@ -194,7 +194,9 @@ def test_one_rank_of_a_plan_is_built_and_stepped_here(exfm: Exfm, tmp_path: Path
     assert exfm(*args[:3], 8, *args[4:6], "--out", tmp_path / "other.json")[0] == 0
     both = tmp_path / "both.html"
     assert exfm("plan", "--compare", tmp_path / "plan.json", tmp_path / "other.json", "--out", both)[0] == 0
-    assert "plan: embedding time of a step" in both.read_text() and "other: embedding time of a step" in both.read_text()
+    assert (
+        "plan: embedding time of a step" in both.read_text() and "other: embedding time of a step" in both.read_text()
+    )
     code, _, err = exfm(*args, "16")
     assert code == 2 and "--dry-run-rank is 16; give a rank from 0 to 15, or worst" in err
 
