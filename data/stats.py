@@ -21,6 +21,7 @@ from exfm.data.cut import Progress
 from exfm.data.errors import UserError
 from exfm.data.manifest import SliceManifest, Stream, column_array, slice_folder
 from exfm.data.source import AlignedFiles, SliceSource
+from exfm.data.yamls import parse_yaml
 
 HotShare = Literal["0.001", "0.01", "0.1"]
 HOT: dict[HotShare, int] = {"0.001": 1000, "0.01": 100, "0.1": 10}  # share of the distinct ids: one in
@@ -217,7 +218,7 @@ def read_stats(path: str | Path) -> StreamStats:
     """Read what write_stats wrote. UserError names the file, the key and the value that is wrong."""
     fs, source = open_folder(path)
     try:
-        return StreamStats.model_validate(yaml.safe_load(fs.cat_file(source)))
+        return StreamStats.model_validate(parse_yaml(fs.cat_file(source)))
     except ValidationError as error:
         lines = "; ".join(_explain(".".join(map(str, e["loc"])) or "(all)", e) for e in error.errors())
         raise UserError(f"{path}: {lines}; measure it again with `exfm data stats`") from None

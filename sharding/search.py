@@ -7,7 +7,7 @@ with another. All of it is deterministic, because every rank of a job plans for 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -23,6 +23,9 @@ SLACKS = (
 PRICE_FACTORS = (1.0, 0.0, 1.5, 4.0, 20.0)
 GRAINS = (1.0, 0.55, 0.35, 0.25)  # largest shard that is preferred, by the step time aimed at: small ones pack better
 STARTS = 3  # of the best packings, how many are improved
+EQUAL = 1.002  # step times by a perf model, one by the other, that are worth less than a third of the peak memory
+PROMISING = 1.03  # of a packing's step time, by the one wanted: what relieving the slowest rank mends
+LIGHTER = 0.7  # of the fullest rank's memory, tried again and again
 TIE = 1e-9
 LOOSE = (ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value)  # whose shards lie anywhere
 
@@ -101,6 +104,12 @@ class Board:
         if candidate.sharding_type not in EVERYWHERE:
             for rank in ranks.tolist():
                 (self.on_rank[rank].add if sign > 0 else self.on_rank[rank].discard)(t)
+
+    @property
+    def fullness(self) -> float:
+        """Share of its memory that is taken on the fullest rank, of the kind of which less is left."""
+        s, p = self.now, self.p
+        return float(np.maximum(s.hbm / p.hbm.clip(1), s.host / p.host.clip(1)).max())
 
     def place(self, t: int, c: int, limit: float = math.inf, rule: "Rule | None" = None) -> np.ndarray | None:
         """Ranks for a candidate's shards on the present board, such that no load rises above `limit`; None where there are none."""
@@ -187,21 +196,50 @@ def least(key: np.ndarray, num: int) -> np.ndarray | None:
     return found if np.isfinite(key[found[-1]]) else None
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to pack: price of every candidate [t, c], step time aimed at in ms, which rank, largest shard that is preferred."""
+
+    prices: np.ndarray
+    limit: float
+    rule: "Rule"
+    grain: float
+
+
 def solve(problem: Problem, rounds: int = 400) -> tuple[Solution | None, Bound]:
     """The best plan found, None where none was, and the lower bound. rounds: of relieving the slowest rank, per start."""
     totals = Totals.of(problem.tables)
     bound = lower_bound(totals, problem.ranks, float(problem.hbm.sum()), float(problem.host.sum()))
     if not math.isfinite(bound.ms):
         return None, bound
-    made = sorted(_packings(problem, totals, bound), key=lambda board: board.now.cost)
+    made = sorted(_packings(problem, totals, bound), key=lambda pair: pair[0].now.cost)
     if not made:
         return None, bound
-    best: Solution | None = None
-    for board in made[:STARTS]:
+    starts = [board for board, _ in made[:STARTS]]
+    for board in starts:
         relieve(board, totals, bound, rounds)
-        if best is None or board.now.cost < best.cost:
-            best = board.now
-    return best, bound
+    best = min(starts, key=lambda board: board.now.cost)
+    return _lighter(problem, best, [recipe for _, recipe in made], totals, bound, rounds).now, bound
+
+
+def _lighter(
+    problem: Problem, best: Board, recipes: Sequence[Recipe], totals: Totals, bound: Bound, rounds: int
+) -> Board:
+    """Pack again as if there were less memory, as long as the step time stays what it is."""
+    limit = best.now.cost[0] * EQUAL
+    share = best.fullness
+    while True:
+        share *= LIGHTER
+        less = replace(problem, hbm=problem.hbm * share, host=problem.host * share)
+        for recipe in (replace(r, limit=r.limit * room) for r in recipes for room in (1.0, 1.01)):
+            board = pack(less, totals, recipe)
+            if board is not None and board.now.cost[0] <= limit * PROMISING:
+                relieve(board, totals, bound, rounds)
+                if board.now.cost[0] <= limit:
+                    best = board
+                    break
+        else:
+            return best
 
 
 # which of the ranks with room a shard goes to: that with the smallest key [ranks]. load, hbm, host: of the shard
@@ -230,18 +268,28 @@ def alike(board: Board, load: float, hbm: float, host: float, limit: float) -> n
 RULES: tuple[Rule, ...] = (alike, least_loaded, fullest)
 
 
-def _packings(problem: Problem, totals: Totals, bound: Bound) -> Iterator[Board]:
-    """For every rule, grain and price of memory, the packing with the smallest step time aimed at that succeeds."""
+def _packings(problem: Problem, totals: Totals, bound: Bound) -> Iterator[tuple[Board, Recipe]]:
+    """For every rule, grain and price of memory, the packing with the smallest step time aimed at that succeeds, as far as it is
+    about as small as the best one so far.
+    """
     factors = PRICE_FACTORS if bound.prices.any() else (1.0,)
     best = math.inf
     for factor, grain, rule in product(factors, GRAINS, RULES):
         prices = prices_of(totals, problem.ranks, bound.prices * factor)
-        for slack in (s for s in SLACKS if s <= best * 1.02):
-            limit = max(bound.ms, 1e-9) * slack
-            if (board := pack(problem, totals, prices, limit, rule, grain)) is not None:
-                best = min(best, slack)
-                yield board
-                break
+        slacks = [s for s in SLACKS if s <= best * 1.02]
+        found = None
+        low, high = 0, len(slacks) - 1
+        middle = high  # what fails there fails below, or nearly always
+        while low <= high:
+            recipe = Recipe(prices, max(bound.ms, 1e-9) * slacks[middle], rule, grain)
+            board = pack(problem, totals, recipe)
+            if board is not None:
+                found, high, best = (board, recipe), middle - 1, min(best, slacks[middle])
+            else:
+                low = middle + 1
+            middle = (low + high) // 2
+        if found is not None:
+            yield found
 
 
 def prices_of(totals: Totals, ranks: int, prices: np.ndarray) -> np.ndarray:
@@ -252,12 +300,11 @@ def prices_of(totals: Totals, ranks: int, prices: np.ndarray) -> np.ndarray:
     return price
 
 
-def pack(
-    problem: Problem, totals: Totals, prices: np.ndarray, limit: float, rule: Rule, grain: float = 1.0
-) -> Board | None:
-    """Place table after table, the largest first, each as its cheapest candidate that finds room below `limit` ms; those with
-    shards of up to `grain` of it before the others.
+def pack(problem: Problem, totals: Totals, recipe: Recipe) -> Board | None:
+    """Place table after table, the largest first, each as its cheapest candidate that finds room below the step time aimed at; those
+    with shards of up to the grain of it before the others.
     """
+    prices, limit, rule, grain = recipe.prices, recipe.limit, recipe.rule, recipe.grain
     board = Board(problem)
     within = np.where(totals.largest <= limit, prices, np.inf)
     coarse = (
@@ -276,14 +323,9 @@ def pack(
     per_load = totals.largest[t, first] / (
         limit if math.isfinite(limit) else max(totals.largest[t, first].max(), 1e-12)
     )
-    biggest = np.array(
-        [
-            max(
-                problem.tables[n][c].hbm.max() / problem.hbm.max().clip(1),
-                problem.tables[n][c].host.max() / problem.host.max().clip(1),
-            )
-            for n, c in enumerate(first)
-        ]
+    biggest = np.maximum(
+        totals.largest_hbm[t, first] / problem.hbm.max().clip(1),
+        totals.largest_host[t, first] / problem.host.max().clip(1),
     )
     size = per_load + biggest if rule is alike else np.maximum(per_load, biggest)
     # what needs room on many ranks at once goes first

@@ -13,6 +13,7 @@ from exfm.checkpoints.config import CheckpointConfig
 from exfm.data.errors import UserError
 from exfm.data.manifest import Stream
 from exfm.data.reader import StreamConfig, slices_of
+from exfm.data.yamls import parse_yaml
 from exfm.distillation.config import DistillationConfig
 from exfm.embeddings.config import FeaturesConfig, TableConfig, check_features
 from exfm.embeddings.ids import sparse_inputs
@@ -142,7 +143,7 @@ def load_config(path: str | Path, sets: list[str], kind: type[M]) -> M:
 def read_raw(path: str | Path, sets: list[str]) -> dict[str, Any]:
     """The sections of a YAML file after overrides, unchecked. UserError where it is no mapping."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = parse_yaml(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist; see configs/ for examples") from None
     except (OSError, yaml.YAMLError) as error:

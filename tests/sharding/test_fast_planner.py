@@ -17,6 +17,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from exfm.data.errors import UserError
+from exfm.sharding import search
 from exfm.sharding.fast_planner import Planner, plan_model
 from exfm.sharding.plan import Plan, read_plan
 from exfm.sharding.planner import TableSharder
@@ -179,3 +180,15 @@ def test_a_file_that_is_no_plan_is_named(tmp_path):
         read_plan(tmp_path / "plan.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(tmp_path / "none.json")
+
+
+def test_a_fast_plan_that_needs_less_memory_on_its_fullest_rank_is_preferred(monkeypatch):
+    """Large tables with few ids cost as much time wherever they lie, so nothing but memory says how to spread them."""
+    rng = np.random.default_rng(3)
+    rows = [int(n) for n in np.exp(rng.uniform(np.log(1e4), np.log(4e8), 60))]
+    pooling, topology = [float(p) for p in rng.uniform(1, 30, 60)], gpu_topology("h100", 16)
+    light = planned(rows, pooling, topology)
+    monkeypatch.setattr(search, "LIGHTER", 0.0)  # nothing fits into no memory
+    heavy = planned(rows, pooling, topology)
+    assert light.cost <= search.EQUAL * heavy.cost
+    assert light.by_rank("hbm").max() <= 0.75 * heavy.by_rank("hbm").max()
