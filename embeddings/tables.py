@@ -2,19 +2,22 @@
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from exfm.data.hashing import salt_of
 from exfm.embeddings.config import FeaturesConfig, TableConfig, Tables
 
-POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 DTYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 INIT_CHUNK_ROWS = 1 << 20
 
 
 def build_collection(features: FeaturesConfig, tables: Tables, weighted: bool) -> EmbeddingBagCollection | None:
-    """The collection of all (un)weighted features on the meta device; None if there are none."""
+    """The collection of all (un)weighted features on the meta device; None if there are none.
+
+    All are pooled as sums; who joins them divides where a table says `mean` (mean_features). TorchRec 1.8 would divide after the
+    reduction of row-wise tables, and with them every other table of the collection, also those of sums, unless it is row-wise too.
+    """
     configs = []
     for name, table in tables.items():
         users = [f.name for f in features.sparse if f.table == name and f.weighted == weighted]
@@ -25,7 +28,6 @@ def build_collection(features: FeaturesConfig, tables: Tables, weighted: bool) -
                     num_embeddings=table.rows,
                     embedding_dim=table.width,
                     feature_names=users,
-                    pooling=POOLING[table.pooling],
                     data_type=DTYPE[table.dtype],
                 )
             )
@@ -37,6 +39,11 @@ def build_collection(features: FeaturesConfig, tables: Tables, weighted: bool) -
 def pooled_features(features: FeaturesConfig, tables: Tables) -> tuple[tuple[str, int], ...]:
     """(feature, width) in the order in which a model sees the pooled embeddings."""
     return tuple((f.name, tables[f.table].width) for f in features.sparse)
+
+
+def mean_features(features: FeaturesConfig, tables: Tables) -> frozenset[str]:
+    """Those whose pooled sum is to be divided by the number of ids."""
+    return frozenset(f.name for f in features.sparse if tables[f.table].pooling == "mean")
 
 
 @torch.no_grad()

@@ -15,10 +15,6 @@ FLOAT, ID, LENGTH = 4, 8, 4  # of a pooled value or a weight, of an id or an off
 ROW = {"fp32": 4, "fp16": 2}  # of a value of a table
 ON_NODES = ("table_row_wise", "grid_shard")
 REDUCED = ("row_wise", *ON_NODES)
-DIVIDED = (
-    "row_wise",
-    "table_row_wise",
-)  # mean: by TorchRec after the output distribution, as a rank has a part of the sum
 PERMUTED = ("column_wise", "table_column_wise", "grid_shard")
 
 
@@ -75,7 +71,7 @@ class Ranks:
         examples = b if everywhere else b * self.world_size
         columns = width = gradient = own_features = 0
         lists = local = 0.0
-        sorts: dict[tuple[str, bool], Sorting] = {}
+        sorts: dict[str, Sorting] = {}
         for name_of_table, parameter in sharded.items():
             table = tables[name_of_table]
             users = [f for f in features.sparse if f.table == name_of_table]
@@ -84,14 +80,13 @@ class Ranks:
             width += table.width * len(users)
             for rows, cols in own_shards(parameter, self.rank, table):
                 columns += cols * len(users)
-                mean = table.pooling == "mean" and name not in DIVIDED
-                sorting = sorts.setdefault((table.dtype, mean), Sorting())
+                sorting = sorts.setdefault(table.dtype, Sorting())
                 if everywhere:  # accumulated in fp32, then cast
                     gradient += rows * cols * (FLOAT + (0 if table.dtype == "fp32" else ROW["fp16"]))
                     continue
                 own_features += len(users)
                 lists += examples * rows / table.rows * list_bytes
-                sorting.add(sum(self.pooling[f.name] for f in users) * examples * rows / table.rows, rows, mean, users)
+                sorting.add(sum(self.pooling[f.name] for f in users) * examples * rows / table.rows, rows, users)
         pooled = examples * columns * FLOAT
         return Kind(
             name=name,
@@ -134,14 +129,14 @@ class Sorting:
     def __init__(self) -> None:
         self.kept = self.passing = 0.0
 
-    def add(self, ids: float, rows: int, mean: bool, users: list[SparseFeature]) -> None:
+    def add(self, ids: float, rows: int, users: list[SparseFeature]) -> None:
         """A shard of a table, by the average number of its ids."""
         if not rows:
             return
         self.kept += 8 * rows * -math.expm1(-ids / rows)  # of every row that occurs, were all as likely
         shared, weighted = len(users) > 1, users[0].weighted
-        if mean or weighted:  # an example, a weight, a feature; pairs are sorted; weights have a gradient
-            self.kept += (12 + 4 * weighted) * ids
+        if weighted:  # an example, a weight, a feature; pairs are sorted; weights have a gradient
+            self.kept += 16 * ids
             self.passing = max(self.passing, 24 * ids)
         else:  # an example, and the feature of a table with several; rows and places are sorted, with a copy of each
             self.kept += (8 if shared else 4) * ids

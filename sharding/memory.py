@@ -13,7 +13,7 @@ from typing import Literal
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 from exfm.embeddings.config import FeaturesConfig, Tables
-from exfm.sharding.kinds import DIVIDED, FLOAT, ON_NODES, PERMUTED, ROW, Kind, Ranks, own_shards
+from exfm.sharding.kinds import FLOAT, ON_NODES, PERMUTED, ROW, Kind, Ranks, own_shards
 
 BATCHES = {"base": 2, "sparse_dist": 3}  # local batches in memory: those of the pipeline, and one read ahead
 
@@ -68,14 +68,12 @@ def rank_memory(
     ranks = Ranks(rank, world_size, ranks_per_node, local_batch, pooling)
     weights = state = update = 0
     collections: list[list[Kind]] = []
-    means: list[bool] = []
     for module in plan.plan.values():
         sharded: dict[str, ParameterSharding] = dict(module)  # type: ignore[call-overload]
         kinds: dict[str, dict[str, ParameterSharding]] = {}
         for name, parameter in sharded.items():
             kinds.setdefault(parameter.sharding_type, {})[name] = parameter
         collections.append([ranks.kind(kind, own, features, tables) for kind, own in kinds.items()])
-        means.append(any(tables[t].pooling == "mean" and p.sharding_type in DIVIDED for t, p in sharded.items()))
         for name, parameter in sharded.items():
             for rows, columns in own_shards(parameter, rank, tables[name]):
                 size = rows * columns * ROW[tables[name].dtype]
@@ -86,8 +84,9 @@ def rank_memory(
                     copies = 1 if tables[name].dtype == "fp32" else 3  # fp16: gradient, rows and new rows in fp32
                     update = max(update, copies * rows * columns * FLOAT)
     width = sum(tables[f.table].width for f in features.sparse) * FLOAT * local_batch
-    step = _Step(collections, means, dense, ahead=pipeline == "sparse_dist")
-    step.run(ranks.batch(features) * BATCHES[pipeline], width, update)
+    mean = sum(tables[f.table].width for f in features.sparse if tables[f.table].pooling == "mean")
+    step = _Step(collections, dense, ahead=pipeline == "sparse_dist")
+    step.run(ranks.batch(features) * BATCHES[pipeline], width + mean * FLOAT * local_batch, update)
     held: Counter[str] = Counter()
     for (category, _), size in step.at_peak[0].items():
         held[category] += size
@@ -98,9 +97,9 @@ def rank_memory(
 class _Step:
     """Replays a step; held: bytes of what is alive, by (category, name)."""
 
-    def __init__(self, collections: list[list[Kind]], means: list[bool], dense: DenseMemory, ahead: bool) -> None:
-        """means: collections whose output is divided; ahead: the pipeline sends the next batch's ids during a step."""
-        self.collections, self.means, self.dense, self.ahead = collections, means, dense, ahead
+    def __init__(self, collections: list[list[Kind]], dense: DenseMemory, ahead: bool) -> None:
+        """ahead: the pipeline sends the next batch's ids during a step."""
+        self.collections, self.dense, self.ahead = collections, dense, ahead
         self.held: Counter[tuple[str, str]] = Counter()
         self.peak, self.at_peak, self.when = -1, (self.held, ""), ""
 
@@ -119,7 +118,7 @@ class _Step:
         self.drop(category, "passing")
 
     def run(self, batches: int, width: int, update: int) -> None:
-        """Bytes of the batches in memory, of all pooled embeddings of one, and of what the optimiser makes."""
+        """Bytes of the batches in memory, of what joining all pooled embeddings of one makes, and of what the optimiser makes."""
         self.add("input", "batches", batches)
         numbered = list(enumerate(self.collections))
         if self.ahead:
@@ -156,8 +155,6 @@ class _Step:
         for i, kinds in enumerate(self.collections):
             self.add("input", f"sent {i}", sum(k.lists + k.lengths for k in kinds))
             self.add("input", "local", sum(k.prepared for k in kinds))
-            if self.means[i]:
-                self.divide("next divisor", kinds)
 
     def distribute(self, i: int, kinds: list[Kind]) -> None:
         """In order of features, cut by rows, sent; then once more in order of features."""
@@ -171,13 +168,6 @@ class _Step:
         self.drop("input", f"local {i}")
         if not self.ahead:  # that pipeline keeps them until the lookup is done
             self.drop("input", f"sent {i}")
-        if self.means[i]:
-            self.divide(f"divisor {i}", kinds)
-
-    def divide(self, name: str, kinds: list[Kind]) -> None:
-        whole = sum(k.received for k in kinds)
-        self.pass_by("output", 3 * whole)  # lengths repeated, as floats, with the epsilon added
-        self.add("output", name, whole)
 
     def look_up(self, i: int, kinds: list[Kind]) -> None:
         before = 0  # the last kind's pooled embeddings live until the next kind's are there
@@ -209,8 +199,6 @@ class _Step:
         whole = sum(k.received for k in kinds)
         if len(kinds) > 1:
             self.pass_by("output", whole)
-        if self.means[i]:
-            self.pass_by("output", whole)
         self.drop("output", f"received {i}")
         self.add("output", f"pooled {i}", whole)
 
@@ -219,9 +207,6 @@ class _Step:
         self.add("output", f"gradient {i}", whole)
         if last:
             self.drop("output", "pooled gradient")
-        if self.means[i]:
-            self.pass_by("output", whole)
-            self.drop("output", f"divisor {i}")
         several = len(kinds) > 1
         for k in reversed(kinds):
             if k.name == "row_wise":

@@ -17,7 +17,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from exfm.data.batch import Batch
 from exfm.data.hashing import salt_of
 from exfm.distillation.heads import DistillationHeads
-from exfm.embeddings.tables import build_collection, fill_initial, pooled_features
+from exfm.embeddings.tables import build_collection, fill_initial, mean_features, pooled_features
 from exfm.models.build import build_backbone
 from exfm.models.heads import Head
 from exfm.models.interface import InputSpec
@@ -72,6 +72,7 @@ def build(
         build_collection(config.features, config.tables, weighted=True),
         objective,
         tuple(f.name for f in config.features.sparse),
+        mean_features(config.features, config.tables),
     )
     model, kernels, plan = shard_tables(module, config, env, device, plan)
     shards = [shard for kernel in kernels for shard in kernel.shards]
@@ -106,6 +107,7 @@ def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: P
         build_collection(config.features, config.tables, weighted=True),
         ScoreObjective(served),
         tuple(f.name for f in config.features.sparse),
+        mean_features(config.features, config.tables),
     )
     model, kernels, plan = shard_tables(module, config, env, device, plan)
     return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], describe(plan))

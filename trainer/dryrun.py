@@ -24,7 +24,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from exfm.data.batch import Batch
 from exfm.data.errors import UserError
-from exfm.embeddings.tables import build_collection
+from exfm.embeddings.tables import build_collection, mean_features
 from exfm.sharding.loopback import loopback_group
 from exfm.sharding.memory import BATCHES, RankMemory, rank_memory
 from exfm.sharding.planner import TableSharder
@@ -131,6 +131,7 @@ def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
         build_collection(config.features, config.tables, weighted=True),
         objective.to(device),
         tuple(f.name for f in config.features.sparse),
+        mean_features(config.features, config.tables),
     )
     for collection in (module.tables, module.weighted):
         if collection is not None:

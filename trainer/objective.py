@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from exfm.data.batch import Batch
 from exfm.distillation.config import LearnConfig
@@ -178,27 +178,36 @@ class TrainModule(nn.Module):
         weighted: EmbeddingBagCollection | None,
         objective: nn.Module,
         features: tuple[str, ...],
+        mean: frozenset[str] = frozenset(),
     ) -> None:
+        """mean: features whose sum of embeddings is divided by the number of ids."""
         super().__init__()
         self.tables, self.weighted, self.objective = tables, weighted, objective
-        self.join = JoinPooled(features)
+        self.join = JoinPooled(features, mean)
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
-        pooled = []
+        pooled, ids = [], []
         if self.tables is not None:
             pooled.append(self.tables(batch.sparse))
+            ids.append(batch.sparse)
         if self.weighted is not None:
             pooled.append(self.weighted(batch.weighted))
-        return self.objective(batch, self.join(pooled))
+            ids.append(batch.weighted)
+        return self.objective(batch, self.join(pooled, ids))
 
 
 class JoinPooled(nn.Module):
     """Pooled embeddings of all features side by side, [b, sum of widths] f32, in the order of the config."""
 
-    def __init__(self, features: tuple[str, ...]) -> None:
+    def __init__(self, features: tuple[str, ...], mean: frozenset[str]) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.mean = features, mean
 
-    def forward(self, pooled: list[KeyedTensor]) -> Tensor:
-        found = {key: value for kt in pooled for key, value in kt.to_dict().items()}
-        return torch.cat([found[f].float() for f in self.features], dim=1)
+    def forward(self, pooled: list[KeyedTensor], ids: list[KeyedJaggedTensor]) -> Tensor:
+        found = {key: value.float() for kt in pooled for key, value in kt.to_dict().items()}
+        for kjt in ids if self.mean else []:
+            share = 1.0 / kjt.lengths().view(len(kjt.keys()), -1).clamp(min=1).float()  # [features, b]
+            for own, key in zip(share, kjt.keys(), strict=True):
+                if key in self.mean:
+                    found[key] = found[key] * own[:, None]
+        return torch.cat([found[f] for f in self.features], dim=1)

@@ -158,10 +158,6 @@ def test_at_the_same_place_the_next_five_steps_are_bitwise_those_of_a_job_that_n
     assert same(last_state(whole), last_state(halves)) == []
 
 
-def epsilon(kind: str) -> float:
-    return 1e-6 if kind in ("row_wise", "table_row_wise") else 0.0
-
-
 @cache
 def references(before: str, after: str, stream: str, folder: str) -> dict[torch.dtype, dict[str, Tensor]]:
     """Plain torch, which never stops: 7 steps as `before`, then sums as `after` has them, 5 steps more."""
@@ -169,13 +165,12 @@ def references(before: str, after: str, stream: str, folder: str) -> dict[torch.
     batches = [t.slice(start, 32) for t in tables_of(ROWS) for start in range(0, t.num_rows, 32)]
     out = {}
     for dtype in (torch.float32, torch.float64):
-        reference = Reference(make(Path(folder), stream, (1, before)), starts[before], dtype, epsilon(before))
+        reference = Reference(make(Path(folder), stream, (1, before)), starts[before], dtype)
         for rows in batches[:7]:
             reference.step(rows)
         for name, sums in reference.sums.items():
             segments = starts[after][f"tables.{name}.adagrad_sum"].shape[1]
             reference.sums[name] = converted(sums, segments).clone()
-        reference.mean_epsilon = epsilon(after)
         for rows in batches[7:]:
             reference.step(rows)
         out[dtype] = reference.state()

@@ -17,15 +17,10 @@ from exfm.embeddings.ids import IdMap
 
 
 class Reference:
-    """State under canonical names, as in a checkpoint; accumulators have one column per column shard of their table.
+    """State under canonical names, as in a checkpoint; accumulators have one column per column shard of their table."""
 
-    TorchRec's row_wise divides a mean by its length + 1e-6 and, beside a mean, a sum by 1 + 1e-6: mean_epsilon.
-    """
-
-    def __init__(
-        self, raw: dict[str, Any], initial: dict[str, Tensor], dtype: torch.dtype, mean_epsilon: float = 0.0
-    ) -> None:
-        self.raw, self.dtype, self.steps, self.mean_epsilon = raw, dtype, 0, mean_epsilon
+    def __init__(self, raw: dict[str, Any], initial: dict[str, Tensor], dtype: torch.dtype) -> None:
+        self.raw, self.dtype, self.steps = raw, dtype, 0
         self.tables = {n: initial[f"tables.{n}.weight"].to(dtype).clone() for n in raw["tables"]}
         self.sums = {n: initial[f"tables.{n}.adagrad_sum"].to(dtype).clone() for n in raw["tables"]}
         prefix = "dense.served."
@@ -78,9 +73,8 @@ class Reference:
             found = found * torch.tensor(weights, dtype=torch.float32).to(self.dtype)[:, None]
         owner = torch.from_numpy(np.repeat(np.arange(len(ids)), lengths))
         out = torch.zeros(len(ids), spec["width"], dtype=self.dtype).index_add(0, owner, found)
-        if not feature.get("weighted"):  # weighted features have a collection of their own, without a mean
-            divisor = np.maximum(lengths, 1) if spec.get("pooling") == "mean" else np.ones(len(ids))
-            out = out / (torch.from_numpy(divisor).to(self.dtype) + self.mean_epsilon)[:, None]
+        if spec.get("pooling") == "mean":
+            out = out / torch.from_numpy(np.maximum(lengths, 1)).to(self.dtype)[:, None]
         return out
 
     def _model(self, dense: Tensor, pooled: Tensor) -> Tensor:
