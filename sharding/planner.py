@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import ParameterConstraints
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from exfm.data.errors import UserError
-from exfm.data.stats import StreamStats, read_stats
+from exfm.data.stats import ColumnStats, StreamStats, read_stats
 from exfm.embeddings.config import FeaturesConfig, TableConfig
+from exfm.sharding.cache_stats import TableCache
 from exfm.sharding.config import ShardingConfig, TableSharding
 from exfm.sharding.fast_planner import TableSharder, plan_model
 from exfm.sharding.plan import Plan, read_plan
@@ -76,7 +78,7 @@ def plan_job(
         return given
     if cached is not None and cached.inputs == inputs:
         return cached
-    constraints = _constraints(model, features, tables, config, topology.group_size)
+    constraints = _constraints(model, features, config, topology.group_size, local_batch)
     pins = {name: own.ranks for name, own in config.tables.items() if own.ranks}
     for name, ranks in pins.items():
         if wrong := [r for r in ranks if not 0 <= r < topology.group_size]:
@@ -131,12 +133,14 @@ def changes(cached: Plan, plan: Plan) -> list[str]:
 
 
 def _constraints(
-    model: nn.Module, features: FeaturesConfig, tables: Mapping[str, TableConfig], config: ShardingConfig, ranks: int
+    model: nn.Module, features: FeaturesConfig, config: ShardingConfig, ranks: int, local_batch: int
 ) -> dict[str, ParameterConstraints]:
+    """ranks: that share the tables."""
     known = {c.name: c for m in _collections(model) for c in m.embedding_bag_configs()}
     if unknown := sorted(set(config.tables) - set(known)):
         raise UserError(f"sharding.tables names {', '.join(unknown)}, but the tables are {', '.join(known)}")
-    columns = _pooling(features, read_stats(config.stats) if config.stats else None)
+    stats = read_stats(config.stats) if config.stats else None
+    columns = _columns(features, stats)
     constraints = {}
     for name, table in known.items():
         own = config.tables.get(name, OTHERWISE)
@@ -152,23 +156,34 @@ def _constraints(
             sharding_types=list(possible),
             compute_kernels=[*(own.kernels or config.kernels), EmbeddingComputeKernel.DENSE.value],
             min_partition=config.min_column_shard,
-            pooling_factors=[columns.get(feature, 1.0) for feature in table.feature_names],
+            pooling_factors=[columns[f].pooling if f in columns else 1.0 for f in table.feature_names],
+            cache_params=CacheParams(stats=_cache(table, columns, stats, ranks * local_batch)),
             is_weighted=any(f.weighted for f in features.sparse if f.table == name),
         )
     return constraints
 
 
-def _pooling(features: FeaturesConfig, stats: StreamStats | None) -> dict[str, float]:
-    """Ids per example of every feature whose column was measured. UserError for statistics without any."""
+def _columns(features: FeaturesConfig, stats: StreamStats | None) -> dict[str, ColumnStats]:
+    """Statistics of every feature whose column was measured. UserError for statistics without any."""
     if stats is None:
         return {}
-    found = {f.name: stats.columns[f.source].pooling for f in features.sparse if f.source in stats.columns}
+    found = {f.name: stats.columns[f.source] for f in features.sparse if f.source in stats.columns}
     if not found:
         raise UserError(
             f"sharding.stats is of stream '{stats.stream}' and has none of the columns {', '.join(f.source for f in features.sparse)}; "
             "measure the job's own stream with `exfm data stats`"
         )
     return found
+
+
+def _cache(
+    table: EmbeddingBagConfig, columns: Mapping[str, ColumnStats], stats: StreamStats | None, examples: int
+) -> TableCache | None:
+    """None unless all columns that look a table up were measured."""
+    own = [columns[f] for f in table.feature_names if f in columns]
+    if stats is None or len(own) < len(table.feature_names):
+        return None
+    return TableCache(own, stats, table.num_embeddings, examples)
 
 
 def _collections(model: nn.Module) -> Iterable[EmbeddingBagCollection]:

@@ -20,7 +20,7 @@ from exfm.sharding.candidates import EVERYWHERE, ON_NODES, Candidate
 SLACKS = (
     *(1 + k / 200 for k in range(11)), 1.06, 1.08, 1.12, 1.17, 1.25, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 30.0, math.inf,
 )  # fmt: skip
-PRICE_FACTORS = (1.0, 0.0, 1.5, 4.0, 20.0)
+PRICE_FACTORS = (1.0, 1.01, 0.0, 1.5, 4.0, 20.0)  # of the bound's prices; at 1.0 those tie that it splits
 GRAINS = (1.0, 0.55, 0.35, 0.25)  # largest shard that is preferred, by the step time aimed at: small ones pack better
 STARTS = 3  # of the best packings, how many are improved
 EQUAL = 1.002  # step times by a perf model, one by the other, that are worth less than a third of the peak memory

@@ -26,6 +26,7 @@ from exfm.sharding.topology import Topology, gpu_topology
 GIB = 2**30
 SHARDERS: Any = [TableSharder()]
 ON_CUDA = ["fused", "dense"]
+EVERY_TIER = [*ON_CUDA, "fused_uvm", "fused_uvm_caching"]
 
 
 def model(rows: list[int], width: int = 64, dtype: DataType = DataType.FP16) -> nn.Module:
@@ -45,8 +46,10 @@ def constraints(pooling: list[float], kernels: list[str] = ON_CUDA, **more: Any)
     }
 
 
-def planned(rows: list[int], pooling: list[float], topology: Topology, **more: Any) -> Plan:
-    return plan_model(model(rows), SHARDERS, topology, 256, constraints(pooling), **more)
+def planned(
+    rows: list[int], pooling: list[float], topology: Topology, kernels: list[str] = ON_CUDA, **more: Any
+) -> Plan:
+    return plan_model(model(rows), SHARDERS, topology, 256, constraints(pooling, kernels), **more)
 
 
 def torchrecs_cost(plan: ShardingPlan, module: nn.Module, topology: Topology, own: dict[str, Any]) -> np.ndarray:
@@ -75,18 +78,30 @@ many = st.integers(3, 9).flatmap(
     lambda n: st.tuples(
         st.lists(st.integers(20, 40_000_000), min_size=n, max_size=n),
         st.lists(st.floats(0.5, 80), min_size=n, max_size=n),
-        st.sampled_from([(4, 4), (8, 4), (16, 8)]),
+        st.sampled_from([(4, 4, 1), (8, 4, 1), (16, 8, 1), (16, 4, 2), (8, 8, 4)]),
+        st.sampled_from([ON_CUDA, EVERY_TIER]),
     )
 )
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(many)
 def test_every_row_and_column_lies_in_exactly_one_place_and_no_rank_is_over_its_limit(case):
-    rows, pooling, (world, node) = case
-    topology = gpu_topology("h100", world, node)
-    plan = planned(rows, pooling, topology)
+    """With memory for the half of the rows where host memory may hold the others; of 2D plans, in one sharding group."""
+    rows, pooling, (world, node, replicas), kernels = case
+    world //= replicas
+    hbm = 80e9 if kernels == ON_CUDA else max(0.5 * sum(rows) * 128 / world, 0.2 * GIB)
+    topology = gpu_topology("h100", world * replicas, node, replicas, hbm_bytes=int(hbm))
+    node = min(node, world)
+    plan = planned(rows, pooling, topology, kernels)
     for table in plan.tables:
+        if table.kernel in (
+            "fused_uvm",
+            "fused_uvm_caching",
+        ):  # the rows are in host memory, on the device no more than cached
+            weights = sum(run.count * run.rows * run.columns * 2 for run in table.runs)
+            assert table.total("host") >= weights
+            assert (table.cache_load is not None) == (table.kernel == "fused_uvm_caching")
         boxes, ranks = table.boxes(), plan.ranks(table)
         assert len(boxes) == len(ranks) == table.num_shards and ranks.min() >= 0 and ranks.max() < world
         if table.sharding_type == "data_parallel":
@@ -111,8 +126,8 @@ def test_every_row_and_column_lies_in_exactly_one_place_and_no_rank_is_over_its_
 @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(many)
 def test_its_cost_is_what_torchrec_says_of_it(case):
-    rows, pooling, (world, node) = case
-    topology = gpu_topology("h100", world, node)
+    rows, pooling, (world, node, replicas), _ = case
+    topology = gpu_topology("h100", world, node, replicas)
     plan, own = planned(rows, pooling, topology), constraints(pooling)
     theirs = torchrecs_cost(plan.torchrec(), model(rows), topology, own)
     assert plan.ms == pytest.approx(theirs, rel=1e-9, abs=0)
@@ -142,6 +157,25 @@ def test_the_order_of_tables_does_not_change_the_cost():
     other = planned(rows[::-1], pooling[::-1], topology)
     assert one.cost == pytest.approx(other.cost, rel=1e-9)
     assert planned(rows, pooling, topology) == one  # deterministic: every rank plans for itself
+
+
+def test_the_numbers_of_equal_ranks_do_not_change_the_cost():
+    """The ranks of a node are alike: tables pinned to some of them cost the same on others."""
+    rows, pooling = [10_000_000, 3_000_000, 500_000, 40_000, 8_000_000], [3.0, 20.0, 1.0, 7.0, 40.0]
+    topology, pins = gpu_topology("h100", 8, 8), {"t0": [0, 1], "t1": [1, 2, 3], "t4": [5]}
+    one = planned(rows, pooling, topology, pins=pins)
+    for order in np.random.default_rng(0).permuted(np.tile(np.arange(8), (4, 1)), axis=1).tolist():
+        other = planned(rows, pooling, topology, pins={t: [order[r] for r in ranks] for t, ranks in pins.items()})
+        assert other.cost == pytest.approx(one.cost, rel=1e-9)
+
+
+def test_a_2d_plan_is_that_of_one_sharding_group():
+    """And stays among its ranks, which TorchRec moves to those of every other group."""
+    rows, pooling = [10_000_000, 3_000_000, 500, 40_000, 8_000_000], [3.0, 20.0, 1.0, 7.0, 40.0]
+    replicated, alone = (planned(rows, pooling, gpu_topology("h100", *size)) for size in ((32, 8, 4), (8, 8)))
+    assert replicated.tables == alone.tables and replicated.cost == alone.cost
+    placed = {s.placement.rank() for t in replicated.torchrec().plan["tables"].values() for s in t.sharding_spec.shards}
+    assert placed and placed <= set(range(8))
 
 
 def test_pinned_tables_stay_on_their_ranks_and_drop_in_for_torchrec():
