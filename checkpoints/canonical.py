@@ -3,7 +3,8 @@
     tables.<name>.weight [rows, width]     tables.<name>.adagrad_sum [rows, segments] f32
     dense.<part>.<parameter>               adam.<part>.<parameter>.{step, exp_avg, exp_avg_sq}
 
-Sharded tables are DTensors over this rank's shards; whole (data-parallel) and dense tensors are plain, written once by DCP.
+Sharded tables are DTensors over this rank's shards, dense tensors under fsdp DTensors cut by their first dimension; whole
+(data-parallel) ones are plain, written once by DCP.
 segments is 1 except under column-wise sharding, where row-wise Adagrad keeps one accumulator per column shard.
 Arrays of one rank (metrics, random states) are rank.<number>.<name>.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as RowShard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 
 from exfm.sharding.shards import Shard
@@ -66,6 +68,9 @@ def boxes(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
     if not isinstance(tensor, DTensor):
         return [((0,) * tensor.dim(), tensor)]
     local: Any = tensor.to_local()
+    if not isinstance(local, LocalShardsWrapper):  # of the dense part, under fsdp
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return [(tuple(offset), local)] if local.numel() else []
     shards = local.local_shards()
     # a rank without pieces has none, though torch keeps an offset (0,) for it
     offsets = local.local_offsets()[: len(shards)]

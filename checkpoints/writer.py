@@ -192,6 +192,8 @@ class ShardWriter(StorageWriter):
         for item in plan.items:
             assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
             offsets = tuple(item.tensor_data.chunk.offsets)
+            if 0 in item.tensor_data.chunk.sizes and (item.index.fqn, offsets) not in self.sources:
+                continue  # more ranks than rows: DCP plans an empty piece for those that have none
             items.append(
                 Item(item.index.fqn, tuple(item.tensor_data.size), offsets, self.sources[item.index.fqn, offsets])
             )

@@ -33,6 +33,7 @@ from exfm.sharding.config import ShardingConfig
 from exfm.trainer.build import Built, build
 from exfm.trainer.columns import batch_columns
 from exfm.trainer.config import JobConfig, check_against_stream, load_config, parse_config
+from exfm.trainer.engines import DenseEngineConfig
 from exfm.trainer.env import RankEnv, process_group
 from exfm.trainer.export import (
     PROGRAM,
@@ -138,6 +139,7 @@ def _trained(config: JobConfig, schema: Schema, folders: list[Folder], device: t
     plain = config.model_copy(
         update={
             "distillation": DistillationConfig(),
+            "dense_engine": DenseEngineConfig(),  # whole on its one rank
             # any plan holds the same weights; whether they fit is the machine's to say
             "sharding": ShardingConfig(allowed=("table_wise",), host_gib=2.0**30),
         }

@@ -151,6 +151,8 @@ def _tile(output: Tensor, own: Tensor) -> None:
     if not own.numel():
         output.zero_()
         return
+    if own.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():  # FSDP gathers in place
+        own = own.clone()
     whole = output.numel() // own.numel() * own.numel()
     output[:whole].view(-1, own.numel()).copy_(own)
     output[whole:].copy_(own[: output.numel() - whole])

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
@@ -25,6 +24,7 @@ from exfm.sharding.plan import Plan
 from exfm.sharding.planner import TableSharder, describe
 from exfm.sharding.shards import Kernel, Shard, check_shards, local_kernels
 from exfm.trainer.config import JobConfig
+from exfm.trainer.engines import ddp, wrap
 from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
@@ -79,11 +79,10 @@ def build(
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
     # the dense engine comes after the tables are sharded: it must not see their parameters
-    wrap = DENSE_ENGINES[config.dense_engine.kind]
-    objective.served = wrap(served, device)
+    objective.served = wrap(config.dense_engine, served, device)
     groups: list[nn.Module] = [served]
     if heads is not None:
-        objective.heads = wrap(heads, device) if env.world_size > 1 else heads
+        objective.heads = ddp(heads, device) if env.world_size > 1 else heads
         groups.append(heads)
     optimizers = Optimizers(config.optim, groups, shards)
     return Built(model, objective, served, heads, adapter, optimizers, kernels, describe(plan), plan)
@@ -191,11 +190,3 @@ def _check_equal(plan: Plan) -> None:
     same = torch.tensor([mine, -mine], dtype=torch.int64)
     dist.all_reduce(same, op=dist.ReduceOp.MAX)
     assert same[0] == -same[1] == mine, "ranks made different sharding plans"
-
-
-def _ddp(module: nn.Module, device: torch.device) -> nn.Module:
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-
-
-DENSE_ENGINES: dict[str, Callable[[nn.Module, torch.device], nn.Module]] = {"ddp": _ddp}

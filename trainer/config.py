@@ -19,6 +19,7 @@ from exfm.embeddings.config import FeaturesConfig, TableConfig, check_features
 from exfm.embeddings.ids import sparse_inputs
 from exfm.models.config import ModelConfig
 from exfm.sharding.config import ShardingConfig
+from exfm.trainer.engines import DenseEngineConfig
 from exfm.trainer.env import DeviceChoice
 from exfm.trainer.learning import check_learning
 from exfm.trainer.optim import OptimConfig
@@ -72,13 +73,6 @@ class HeadsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     tasks: tuple[str, ...] = Field(min_length=1)
     hidden: tuple[PositiveInt, ...] = ()
-
-
-class DenseEngineConfig(BaseModel):
-    """Section `dense_engine`: how the dense part is kept equal over ranks."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["ddp"] = "ddp"
 
 
 class EvaluationConfig(BaseModel):
@@ -247,7 +241,8 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
 
 
 def check_ranks(config: JobConfig, world_size: int) -> None:
-    """UserError for more ranks than a global batch has examples."""
+    """UserError for more ranks than a global batch has examples, and for ranks that the dense engine cannot divide."""
+    config.dense_engine.check(world_size)
     if world_size > config.stream.global_batch:
         raise UserError(
             f"{world_size} ranks share a global batch of {config.stream.global_batch} examples; use at most "

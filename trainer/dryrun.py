@@ -29,8 +29,9 @@ from exfm.sharding.loopback import loopback_group
 from exfm.sharding.memory import BATCHES, RankMemory, rank_memory
 from exfm.sharding.planner import TableSharder
 from exfm.sharding.shards import Shard, local_kernels
-from exfm.trainer.build import DENSE_ENGINES, build_dense
+from exfm.trainer.build import build_dense
 from exfm.trainer.dense_memory import dense_memory
+from exfm.trainer.engines import ddp, wrap
 from exfm.trainer.made import made_batch
 from exfm.trainer.objective import Objective, StepOutput, TrainModule
 from exfm.trainer.optim import Optimizers
@@ -152,11 +153,10 @@ def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
         shard.weight.fill_(INITIAL)
         if shard.accumulator is not None:
             shard.accumulator.fill_(0.0)
-    wrap = DENSE_ENGINES[config.dense_engine.kind]
-    objective.served = wrap(served, device)
+    objective.served = wrap(config.dense_engine, served, device)
     groups: list[nn.Module] = [served]
     if heads is not None:
-        objective.heads = wrap(heads, device)
+        objective.heads = ddp(heads, device)
         groups.append(heads)
     return model, Optimizers(config.optim, groups, shards), shards
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from exfm.data.columns import padding
 from exfm.data.commit import open_folder
@@ -270,7 +271,8 @@ class Job:
     def _agree(self) -> bool:
         """Before a commit: the last update's loss is unknown, so the dense weights are looked at too."""
         dense = [p for module in self.built.dense_modules.values() for p in module.parameters()]
-        self.guard.bad |= not bool(torch.stack([p.isfinite().all() for p in dense]).all())
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in dense]
+        self.guard.bad |= not bool(torch.stack([p.isfinite().all() for p in own]).all())
         return self._answer(self.guard.ask(self.should_stop()))
 
     # ---------------------------------------------------------------- commit points

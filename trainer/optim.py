@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from exfm.sharding.shards import Shard
 
@@ -79,7 +80,16 @@ class Optimizers:
         self.groups = [list(g.parameters()) for g in groups]
         d = config.dense
         parameters = [p for group in self.groups for p in group]
-        self.dense = kind(parameters, lr=d.lr, betas=d.betas, eps=d.eps, weight_decay=d.weight_decay, fused=True)
+        # Adam takes DTensors and others together, but not in one group
+        kinds = [[p for p in parameters if isinstance(p, DTensor) == is_sharded] for is_sharded in (True, False)]
+        self.dense = kind(
+            [{"params": own} for own in kinds if own],
+            lr=d.lr,
+            betas=d.betas,
+            eps=d.eps,
+            weight_decay=d.weight_decay,
+            fused=True,
+        )
         self.table_parameters = [s.parameter for s in shards if s.parameter is not None]
         self.tables = (
             RowWiseAdagrad(self.table_parameters, lr=config.tables.lr, eps=config.tables.eps)
@@ -102,7 +112,8 @@ class Optimizers:
         if self.config.dense.clip_norm:
             for parameters in self.groups:
                 torch.nn.utils.clip_grad_norm_(parameters, self.config.dense.clip_norm)
-        self.dense.param_groups[0]["lr"] = self.lr
+        for group in self.dense.param_groups:
+            group["lr"] = self.lr
         self.dense.step()
         if self.tables is not None:
             self.tables.step()

@@ -17,23 +17,21 @@ from exfm.sharding.plan import Plan, read_plan
 from exfm.sharding.planner import changes, plan_job, topology_of
 from exfm.sharding.topology import Topology
 from exfm.trainer.config import JobConfig
+from exfm.trainer.engines import dense_bytes
 
 PLAN = "plan.json"
-DENSE_BYTES = 20  # of a dense parameter under ddp: fp32 weight, gradient, bucket and Adam's two moments
 
 
-def dense_parameters(config: JobConfig) -> int:
-    """Of backbone and served head; distillation heads are small beside them."""
+def served_on_meta(config: JobConfig) -> nn.Module:
+    """Backbone and served head; distillation heads are small beside them."""
     inputs = InputSpec(len(config.features.dense), pooled_features(config.features, config.tables))
     with torch.device("meta"):  # the largest presets would not fit here
         backbone = build_backbone(config.model, inputs)
-        head = Head(backbone.out_width, config.heads.hidden, len(config.heads.tasks))
-    size = backbone.size() + head.size()
-    return int(size.num_parameters)
+        return nn.ModuleList([backbone, Head(backbone.out_width, config.heads.hidden, len(config.heads.tasks))])
 
 
-def plan_on(config: JobConfig, topology: Topology, cached: Plan | None = None, dense_bytes: int | None = None) -> Plan:
-    """The plan of a job on given machines. dense_bytes: of every rank; default: of the dense part under ddp.
+def plan_on(config: JobConfig, topology: Topology, cached: Plan | None = None, dense: int | None = None) -> Plan:
+    """The plan of a job on given machines. dense: bytes of the dense part on every rank; default: as its engine takes them.
 
     UserError where there is none, or the plan file of the config is of something else.
     """
@@ -45,7 +43,8 @@ def plan_on(config: JobConfig, topology: Topology, cached: Plan | None = None, d
             apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.0})
             module[name] = collection
     local_batch = -(-config.stream.global_batch // topology.world_size)
-    dense = DENSE_BYTES * dense_parameters(config) if dense_bytes is None else dense_bytes
+    if dense is None:
+        dense = dense_bytes(config.dense_engine, served_on_meta(config), topology.world_size)
     return plan_job(module, config.features, config.tables, config.sharding, topology, local_batch, dense, cached)
 
 

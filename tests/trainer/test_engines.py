@@ -1,0 +1,133 @@
+"""Dense engines: the same losses and weights as ddp, checkpoints that any engine continues, memory that is cut."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from exfm.data.errors import UserError
+from exfm.launch.cli import app
+from exfm.trainer import engines
+from exfm.trainer.config import check_ranks
+from exfm.trainer.engines import DenseEngineConfig, dense_bytes, largest_unit
+from tests.trainer.jobs import (
+    Raw,
+    Recorder,
+    copied,
+    global_losses,
+    job,
+    last_state,
+    make_stream,
+    parsed,
+    replaced,
+    run,
+    teacher,
+)
+from tests.trainer.starts import built_here
+
+FSDP = {"kind": "fsdp"}
+WIDE = {"model": {"kind": "dcnv2", "cross_layers": 2, "rank": 3, "deep_mlp": [64, 32]}}
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory) -> str:
+    # 50 steps of 32
+    return make_stream(tmp_path_factory.mktemp("engines") / "stream", (800, 416, 384)).root
+
+
+def cut(raw: Raw) -> tuple[int, Recorder]:
+    """`run` where every layer of these small models is a unit."""
+    engines.UNIT_PARAMETERS = 200
+    return run(raw)
+
+
+def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Adam divides small gradients by their own size, so what rounding makes of them is a share of the learning rate."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.allclose(value.double(), b[name].double(), rtol=1e-3, atol=2e-4), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "engine"),
+    [(2, FSDP), (3, FSDP), (4, {"kind": "fsdp", "shard": 2})],
+    ids=["2 ranks", "3 ranks", "2 copies of 2 shards"],
+)
+def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, stream, tmp_path, on_ranks):
+    plain = teacher(tmp_path / "ddp", stream, **WIDE)
+    sharded = replaced(plain, run__folder=str(tmp_path / "cut"), dense_engine=engine)
+    losses = [global_losses(on_ranks(ranks, cut, raw)) for raw in (plain, sharded)]
+    assert len(losses[0]) == 50 and losses[1] == pytest.approx(losses[0], rel=2e-5)
+    near(last_state(plain), last_state(sharded))
+
+
+def shapes(raw: Raw) -> list[tuple[int, ...]]:
+    engines.UNIT_PARAMETERS = 200
+    built = built_here(raw)
+    return [tuple(p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in built.served.parameters()]
+
+
+def test_every_rank_holds_a_part_of_every_large_weight(stream, tmp_path, on_ranks):
+    raw = job(tmp_path / "run", stream, dense_engine=FSDP, **WIDE)
+    whole = shapes_of(raw)
+    parts = on_ranks(3, shapes, raw)
+    for i, shape in enumerate(whole):
+        assert sum(part[i][0] for part in parts) == shape[0] and all(part[i][1:] == shape[1:] for part in parts)
+
+
+def shapes_of(raw: Raw) -> list[tuple[int, ...]]:
+    from exfm.trainer.build import build_dense
+
+    served, _, _ = build_dense(parsed(raw), torch.device("cpu"))
+    return [tuple(p.shape) for p in served.parameters()]
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, FSDP), (3, {"kind": "ddp"})), ((3, {"kind": "ddp"}), (2, FSDP)), ((2, FSDP), (3, FSDP))])  # fmt: skip
+def test_a_job_continues_under_another_engine(before, after, stream, tmp_path, on_ranks):
+    """As one that ran under ddp all along, within rounding."""
+    whole = job(tmp_path / "whole", stream, **WIDE)
+    on_ranks(before[0], cut, whole)
+    half = job(tmp_path / "half", stream, dense_engine=before[1], stream__last=2, **WIDE)
+    on_ranks(before[0], cut, half)
+    then = replaced(copied(half, tmp_path / "then"), dense_engine=after[1], stream__last=None)
+    on_ranks(after[0], cut, then)
+    near(last_state(whole), last_state(then))
+
+
+def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(stream, tmp_path, on_ranks):
+    whole = job(tmp_path / "whole", stream, dense_engine=FSDP, checkpoint__every_slices=1, **WIDE)
+    on_ranks(2, cut, whole)
+    half = replaced(whole, run__folder=str(tmp_path / "half"), stream__last=2)
+    on_ranks(2, cut, half)
+    on_ranks(2, cut, replaced(half, stream__last=None))
+    a, b = last_state(whole), last_state(half)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_what_was_trained_in_pieces_is_verified_published_and_exported_whole(stream, tmp_path, on_ranks):
+    snapshots = {"snapshots": {"every_slices": 3}}
+    raw = teacher(tmp_path / "run", stream, dense_engine=FSDP, checkpoint=snapshots, **WIDE)
+    on_ranks(2, cut, raw)
+    assert (tmp_path / "run/snapshots/slice=000002/manifest.json").exists()
+    for arguments in (["checkpoint", "verify"], ["export", "--out", str(tmp_path / "served")]):
+        done = CliRunner().invoke(app, [*arguments, str(tmp_path / "run")], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert "bitwise equal to the trained model's" in done.output
+
+
+def test_what_cannot_be_divided_is_refused_before_any_rank_starts(tmp_path):
+    def config(**engine: object) -> object:
+        return parsed(job(tmp_path, "s", dense_engine=engine))
+
+    with pytest.raises(UserError, match=r"dense_engine.shard 4 does not divide 6 ranks; use 3, or 0"):
+        check_ranks(config(kind="fsdp", shard=4), 6)
+    with pytest.raises(UserError, match="shard goes with kind: fsdp"):
+        check_ranks(config(kind="ddp", shard=2), 2)
+    check_ranks(config(kind="fsdp", shard=3), 6)
+
+
+def test_the_planner_keeps_a_share_of_the_dense_part_and_what_is_gathered():
+    module = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(1000, 10, bias=False))
+    assert dense_bytes(DenseEngineConfig(), module, 8) == 20 * 1_010_000
+    assert largest_unit(module) == 1_000_000
+    assert dense_bytes(DenseEngineConfig(kind="fsdp"), module, 10) == 16 * 101_000 + 5 * 4 * 1_000_000
+    assert dense_bytes(DenseEngineConfig(kind="fsdp", shard=2), module, 10) == 16 * 505_000 + 5 * 4 * 1_000_000

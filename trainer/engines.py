@@ -1,0 +1,89 @@
+"""Dense engines: how the dense part is kept equal over ranks. It is wrapped after the tables are sharded, and never sees them.
+
+ddp: every rank has a copy, gradients are averaged. fsdp: weights, gradients and Adam's state are cut over `shard` ranks
+(PyTorch's FSDP2); where those are fewer than all, the shards are copied (HSDP). Distillation heads are small: always ddp.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from exfm.data.errors import UserError
+
+UNIT_PARAMETERS = 1_000_000  # a linear layer of so many is gathered by itself, smaller ones together with the rest
+DDP_BYTES = 20  # of a parameter: fp32 weight, gradient, bucket and Adam's two moments
+FSDP_BYTES = 16  # of a rank's own: weight, gradient and Adam's two moments
+GATHERED = 5  # copies of the largest unit: gathered for this unit and the next, its gradient, and what is being sent
+
+
+class DenseEngineConfig(BaseModel):
+    """Section `dense_engine`: how the dense part is kept equal over ranks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["ddp", "fsdp"] = "ddp"
+    shard: int = Field(0, ge=0, description="fsdp: ranks over which one copy is cut; 0: all of them")
+
+    def check(self, world_size: int) -> None:
+        """UserError where the ranks cannot be divided so."""
+        if self.shard and self.kind != "fsdp":
+            raise UserError(f"dense_engine.shard is {self.shard} but kind is {self.kind}; shard goes with kind: fsdp")
+        if self.shard and world_size % self.shard:
+            near = max(n for n in range(1, self.shard) if world_size % n == 0)
+            raise UserError(
+                f"dense_engine.shard {self.shard} does not divide {world_size} ranks; use {near}, or 0 for all"
+            )
+
+    def shards(self, world_size: int) -> int:
+        """Ranks that have one copy together."""
+        return (self.shard or world_size) if self.kind == "fsdp" else 1
+
+
+def units(module: nn.Module) -> Iterator[nn.Module]:
+    """What fsdp gathers by itself, the whole module last: it has what the others have not."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear) and sum(p.numel() for p in child.parameters()) >= UNIT_PARAMETERS:
+            yield child
+    yield module
+
+
+def largest_unit(module: nn.Module) -> int:
+    """Parameters of the largest one."""
+    *inner, _ = (sum(p.numel() for p in unit.parameters()) for unit in units(module))
+    rest = sum(p.numel() for p in module.parameters()) - sum(inner)
+    return max([rest, *inner])
+
+
+def dense_bytes(engine: DenseEngineConfig, module: nn.Module, world_size: int) -> int:
+    """What the dense part takes on one rank at most, activations not counted: weights, gradients, Adam's state, what is gathered."""
+    parameters = sum(p.numel() for p in module.parameters())
+    if engine.kind == "ddp":
+        return DDP_BYTES * parameters
+    return FSDP_BYTES * -(-parameters // engine.shards(world_size)) + 4 * GATHERED * largest_unit(module)
+
+
+def wrap(engine: DenseEngineConfig, module: nn.Module, device: torch.device) -> nn.Module:
+    """The module as the step calls it. Under fsdp that is the module itself, whose parameters become DTensors."""
+    return _fsdp(engine, module, device) if engine.kind == "fsdp" else ddp(module, device)
+
+
+def ddp(module: nn.Module, device: torch.device) -> nn.Module:
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _fsdp(engine: DenseEngineConfig, module: nn.Module, device: torch.device) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard  # takes a second, and whoever reads a config needs none of it
+
+    world = dist.get_world_size()
+    shards = engine.shards(world)
+    shape = (world,) if shards == world else (world // shards, shards)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("shard",) if len(shape) == 1 else ("copy", "shard"))
+    for unit in units(module):
+        fully_shard(unit, mesh=mesh)
+    return module
