@@ -13,8 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from exfm.sharding.memory import DenseMemory
 from exfm.trainer.build import build_dense
 from exfm.trainer.config import JobConfig
+from exfm.trainer.engines import gathered
 
 META = torch.device("meta")
+FLOAT = 4
 
 
 class Alive(TorchDispatchMode):
@@ -66,8 +68,8 @@ class _Entrance(torch.autograd.Function):
         return None, None, None
 
 
-def dense_memory(config: JobConfig, local_batch: int) -> DenseMemory:
-    """Of the served model and the distillation heads under DDP, for so many examples a step."""
+def dense_memory(config: JobConfig, local_batch: int, world_size: int) -> DenseMemory:
+    """Of the served model under its dense engine and the distillation heads under DDP, for so many examples of a rank and step."""
     with META:
         served, heads, _ = build_dense(config, META)
         pooled_width = sum(config.tables[f.table].width for f in config.features.sparse)
@@ -87,5 +89,16 @@ def dense_memory(config: JobConfig, local_batch: int) -> DenseMemory:
             alive.restart()
             torch.autograd.backward(outputs)
             backward = alive.peak
-    weights = sum(p.numel() * p.element_size() for p in modules.parameters())
-    return DenseMemory(weights, weights, 2 * weights, saved, forward, backward, sizes[0])
+    if config.dense_engine.kind == "ddp":
+        weights = FLOAT * sum(p.numel() for p in modules.parameters())
+        return DenseMemory(weights, weights, 2 * weights, saved, forward, backward, sizes[0])
+    shards = config.dense_engine.shards(world_size)
+    # cut by the first dimension, so that a bias of 7 over 8 ranks is 1 on each
+    own = sum(-(-p.shape[0] // shards) * p[0].numel() for p in served.parameters())
+    weights = FLOAT * (own + sum(p.numel() for p in (heads.parameters() if heads is not None else ())))
+    in_forward, in_backward = (FLOAT * n for n in gathered(served))
+    backward -= FLOAT * max(
+        p.numel() for p in served.parameters()
+    )  # a gradient, which is counted with what is gathered
+    backward = max(backward, saved) + in_backward
+    return DenseMemory(weights, weights, 2 * weights, saved, forward + in_forward, backward, sizes[0])

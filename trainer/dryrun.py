@@ -64,7 +64,7 @@ class DryRun:
 
 def estimate(r: Request) -> RankMemory:
     """What the dry run will find, without running it."""
-    dense = dense_memory(r.config, r.local_batch)
+    dense = dense_memory(r.config, r.local_batch, r.world_size)
     data = r.config.features, r.config.tables
     ranks = r.local_batch, r.world_size, r.ranks_per_node
     return rank_memory(r.plan, r.rank, *data, *ranks, r.pooling, dense, r.config.run.pipeline)

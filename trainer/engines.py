@@ -19,7 +19,6 @@ from exfm.data.errors import UserError
 UNIT_PARAMETERS = 1_000_000  # a linear layer of so many is gathered by itself, smaller ones together with the rest
 DDP_BYTES = 20  # of a parameter: fp32 weight, gradient, bucket and Adam's two moments
 FSDP_BYTES = 16  # of a rank's own: weight, gradient and Adam's two moments
-GATHERED = 5  # copies of the largest unit: gathered for this unit and the next, its gradient, and what is being sent
 
 
 class DenseEngineConfig(BaseModel):
@@ -52,11 +51,19 @@ def units(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
-def largest_unit(module: nn.Module) -> int:
-    """Parameters of the largest one."""
+def gathered(module: nn.Module) -> tuple[int, int]:
+    """Parameters that fsdp has whole on a rank at most, in forward and in backward, gradients among them.
+
+    In forward a unit twice, as it is received and as it is used. In backward a unit and its gradient, the next unit, which is
+    gathered ahead, and the gradient of the last one, which is being sent. What is no unit's stays whole all the time.
+    """
     *inner, _ = (sum(p.numel() for p in unit.parameters()) for unit in units(module))
     rest = sum(p.numel() for p in module.parameters()) - sum(inner)
-    return max([rest, *inner])
+    around = [0, *inner, 0]
+    backward = max(
+        (before + 2 * own + after for before, own, after in zip(around, inner, around[2:], strict=False)), default=0
+    )
+    return rest + 2 * max(inner, default=0), 2 * rest + backward
 
 
 def dense_bytes(engine: DenseEngineConfig, module: nn.Module, world_size: int) -> int:
@@ -64,7 +71,7 @@ def dense_bytes(engine: DenseEngineConfig, module: nn.Module, world_size: int) -
     parameters = sum(p.numel() for p in module.parameters())
     if engine.kind == "ddp":
         return DDP_BYTES * parameters
-    return FSDP_BYTES * -(-parameters // engine.shards(world_size)) + 4 * GATHERED * largest_unit(module)
+    return FSDP_BYTES * -(-parameters // engine.shards(world_size)) + 4 * max(gathered(module))
 
 
 def wrap(engine: DenseEngineConfig, module: nn.Module, device: torch.device) -> nn.Module:

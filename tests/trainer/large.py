@@ -82,8 +82,9 @@ def request(
     mean: tuple[str, ...] = (),
     dtype: str = "fp32",
     pipeline: str = "base",
+    **sections: Any,
 ) -> Request:
-    """`features` tables with one feature each; table i is sharded as kinds[i], those after lie on another rank."""
+    """`features` tables with one feature each; table i is sharded as kinds[i], those after lie on another rank. sections: of the config."""
     names = [f"t{i}" for i in range(features)]
     of_table = dict(zip(names, kinds, strict=False))
     if "grid_shard" in kinds:
@@ -100,7 +101,7 @@ def request(
         },
         "model": {"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [16]},
         "heads": {"tasks": ["click"]},
-    }
+    } | sections
     config = JobConfig.model_validate(raw)
     elsewhere = 0 if rank else world_size - 1
     plan = planned(config, of_table, rank, world_size, ranks_per_node, elsewhere)

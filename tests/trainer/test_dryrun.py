@@ -41,7 +41,7 @@ def test_rank_17_of_1024_builds_its_shards_and_steps(kind, pipeline):
     assert len(found.losses) == 3 and all(map(math.isfinite, found.losses)) and found.losses[0] > 0
     table, (rows, columns) = asked.config.tables["t0"], SPLIT[kind]
     shard = -(-table.rows // rows) * (table.width // columns) * 4
-    assert found.weights_bytes == 2 * shard + dense_memory(asked.config, asked.local_batch).weights
+    assert found.weights_bytes == 2 * shard + dense_memory(asked.config, asked.local_batch, RANKS).weights
     parts = found.tables_seconds, found.dense_seconds, found.backward_seconds
     assert min(parts) > 0 and found.step_seconds == pytest.approx(sum(parts))
 
@@ -77,8 +77,12 @@ def test_alone_in_the_world_it_trains_exactly_as_a_real_process_does(kind):
             mean=("t1", "t2"), pipeline="sparse_dist",
         ),
         request((), world_size=32, local_batch=256, features=128, width=256),
+        request(
+            (), world_size=64, local_batch=64, features=32, width=128, dense_engine={"kind": "fsdp"},
+            model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096, 4096, 4096]},
+        ),
     ],
-    ids=["half-precision rows", "weights, means, ids sent ahead", "no table"],
+    ids=["half-precision rows", "weights, means, ids sent ahead", "no table", "a dense part in pieces"],
 )  # fmt: skip
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(asked):
     expected, found = estimate(asked), dry_run(asked)

@@ -8,7 +8,7 @@ from exfm.data.errors import UserError
 from exfm.launch.cli import app
 from exfm.trainer import engines
 from exfm.trainer.config import check_ranks
-from exfm.trainer.engines import DenseEngineConfig, dense_bytes, largest_unit
+from exfm.trainer.engines import DenseEngineConfig, dense_bytes, gathered
 from tests.trainer.jobs import (
     Raw,
     Recorder,
@@ -128,6 +128,7 @@ def test_what_cannot_be_divided_is_refused_before_any_rank_starts(tmp_path):
 def test_the_planner_keeps_a_share_of_the_dense_part_and_what_is_gathered():
     module = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(1000, 10, bias=False))
     assert dense_bytes(DenseEngineConfig(), module, 8) == 20 * 1_010_000
-    assert largest_unit(module) == 1_000_000
-    assert dense_bytes(DenseEngineConfig(kind="fsdp"), module, 10) == 16 * 101_000 + 5 * 4 * 1_000_000
-    assert dense_bytes(DenseEngineConfig(kind="fsdp", shard=2), module, 10) == 16 * 505_000 + 5 * 4 * 1_000_000
+    whole = 4 * (2 * 1_000_000 + 2 * 10_000)  # the large layer and its gradient, the small one and its
+    assert max(gathered(module)) * 4 == whole
+    assert dense_bytes(DenseEngineConfig(kind="fsdp"), module, 10) == 16 * 101_000 + whole
+    assert dense_bytes(DenseEngineConfig(kind="fsdp", shard=2), module, 10) == 16 * 505_000 + whole
