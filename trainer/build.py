@@ -24,7 +24,7 @@ from exfm.sharding.plan import Plan
 from exfm.sharding.planner import TableSharder, describe
 from exfm.sharding.shards import Kernel, Shard, check_shards, local_kernels
 from exfm.trainer.config import JobConfig
-from exfm.trainer.engines import ddp, wrap
+from exfm.trainer.engines import ddp, made_in_pieces
 from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
@@ -65,7 +65,7 @@ def build(
     config: JobConfig, env: RankEnv, device: torch.device, offsets: tuple[float, ...], plan: Plan | None = None
 ) -> Built:
     """Build, shard and wrap; plan where no plan is given. Needs an initialised process group. UserError where no plan is possible."""
-    served, heads, adapter = build_dense(config, device)
+    served, heads, adapter = build_dense(config, device, in_pieces=config.dense_engine.kind == "fsdp")
     objective = Objective(served, heads, adapter, config.distillation.learn, offsets).to(device)
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
@@ -78,8 +78,9 @@ def build(
     shards = [shard for kernel in kernels for shard in kernel.shards]
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
-    # the dense engine comes after the tables are sharded: it must not see their parameters
-    objective.served = wrap(config.dense_engine, served, device)
+    # ddp comes after the tables are sharded: it must not see their parameters
+    if config.dense_engine.kind == "ddp":
+        objective.served = ddp(served, device)
     groups: list[nn.Module] = [served]
     if heads is not None:
         objective.heads = ddp(heads, device) if env.world_size > 1 else heads
@@ -157,8 +158,13 @@ def rehearse(built: Built, batch: Batch, device: torch.device) -> None:
         adapter.train()
 
 
-def build_dense(config: JobConfig, device: torch.device) -> tuple[Served, DistillationHeads | None, Adapter | None]:
-    """Dense modules, each from its own random stream: what one has does not change how another starts."""
+def build_dense(
+    config: JobConfig, device: torch.device, in_pieces: bool = False
+) -> tuple[Served, DistillationHeads | None, Adapter | None]:
+    """Dense modules, each from its own random stream: what one has does not change how another starts.
+
+    in_pieces: the served one cut over ranks by fsdp; needs a process group.
+    """
     inputs = InputSpec(len(config.features.dense), pooled_features(config.features, config.tables))
     num_tasks = len(config.heads.tasks)
 
@@ -166,7 +172,10 @@ def build_dense(config: JobConfig, device: torch.device) -> tuple[Served, Distil
         backbone = build_backbone(config.model, inputs)
         return Served(backbone, Head(backbone.out_width, config.heads.hidden, num_tasks))
 
-    served = _seeded(make_served, config.run.seed, "served").to(device)
+    def make_in_pieces() -> Served:
+        return made_in_pieces(config.dense_engine, make_served, device)
+
+    served = _seeded(make_in_pieces if in_pieces else make_served, config.run.seed, "served").to(device)
     learn = config.distillation.learn
     heads = adapter = None
     if learn is not None and learn.method != "single_head":

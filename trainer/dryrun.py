@@ -4,6 +4,7 @@ Memory and compute are measured; communication is not: see exfm.sharding.loopbac
 """
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from exfm.sharding.planner import TableSharder
 from exfm.sharding.shards import Shard, local_kernels
 from exfm.trainer.build import build_dense
 from exfm.trainer.dense_memory import dense_memory
-from exfm.trainer.engines import ddp, wrap
+from exfm.trainer.engines import ddp
 from exfm.trainer.made import made_batch
 from exfm.trainer.objective import Objective, StepOutput, TrainModule
 from exfm.trainer.optim import Optimizers
@@ -82,6 +83,11 @@ def dry_run(request: Request) -> DryRun:
         asked.write_text(request.to_json())
         command = [sys.executable, "-m", "exfm.trainer.dryrun", str(asked), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == -signal.SIGKILL:
+            raise UserError(
+                f"rank {request.rank}'s dry run was killed, most likely because this machine's memory ran out: other processes took "
+                "what was available; choose a rank with less, a smaller local batch, or a larger machine"
+            )
         if done.returncode:
             raise RuntimeError(f"rank {request.rank}'s dry run ended with {done.returncode}: {done.stderr[-2000:]}")
         fields = json.loads(answer.read_text())
@@ -125,7 +131,7 @@ def run_here(request: Request) -> DryRun:
 def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
     """What exfm.trainer.build makes, by the given plan, with constant rows."""
     config, device = request.config, request.device
-    served, heads, adapter = build_dense(config, device)
+    served, heads, adapter = build_dense(config, device, in_pieces=config.dense_engine.kind == "fsdp")
     objective = Objective(served, heads, adapter, config.distillation.learn, (0.0,) * len(config.heads.tasks))
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
@@ -153,7 +159,8 @@ def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
         shard.weight.fill_(INITIAL)
         if shard.accumulator is not None:
             shard.accumulator.fill_(0.0)
-    objective.served = wrap(config.dense_engine, served, device)
+    if config.dense_engine.kind == "ddp":
+        objective.served = ddp(served, device)
     groups: list[nn.Module] = [served]
     if heads is not None:
         objective.heads = ddp(heads, device)

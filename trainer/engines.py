@@ -4,8 +4,8 @@ ddp: every rank has a copy, gradients are averaged. fsdp: weights, gradients and
 (PyTorch's FSDP2); where those are fewer than all, the shards are copied (HSDP). Distillation heads are small: always ddp.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exfm.data.errors import UserError
 
+M = TypeVar("M", bound=nn.Module)
 UNIT_PARAMETERS = 1_000_000  # a linear layer of so many is gathered by itself, smaller ones together with the rest
 DDP_BYTES = 20  # of a parameter: fp32 weight, gradient, bucket and Adam's two moments
 FSDP_BYTES = 16  # of a rank's own: weight, gradient and Adam's two moments
@@ -74,23 +75,31 @@ def dense_bytes(engine: DenseEngineConfig, module: nn.Module, world_size: int) -
     return FSDP_BYTES * -(-parameters // engine.shards(world_size)) + 4 * max(gathered(module))
 
 
-def wrap(engine: DenseEngineConfig, module: nn.Module, device: torch.device) -> nn.Module:
-    """The module as the step calls it. Under fsdp that is the module itself, whose parameters become DTensors."""
-    return _fsdp(engine, module, device) if engine.kind == "fsdp" else ddp(module, device)
-
-
 def ddp(module: nn.Module, device: torch.device) -> nn.Module:
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def _fsdp(engine: DenseEngineConfig, module: nn.Module, device: torch.device) -> nn.Module:
+def made_in_pieces(engine: DenseEngineConfig, make: Callable[[], M], device: torch.device) -> M:
+    """A module of DTensors with the values that `make()` gives it: unit after unit is made whole, filled and cut, never all at once.
+
+    Every parameter must be filled by a `reset_parameters` of the module that has it, called by its constructor.
+    """
     from torch.distributed.fsdp import fully_shard  # takes a second, and whoever reads a config needs none of it
 
     world = dist.get_world_size()
     shards = engine.shards(world)
     shape = (world,) if shards == world else (world // shards, shards)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("shard",) if len(shape) == 1 else ("copy", "shard"))
-    for unit in units(module):
-        fully_shard(unit, mesh=mesh)
+    with torch.device("meta"):
+        module = make()
+    *inner, _ = units(module)
+    for part in module.modules():  # the order in which they were made, and so that of random numbers
+        fill = getattr(part, "reset_parameters", None)
+        if fill is not None:
+            part.to_empty(device="cpu", recurse=False)
+            fill()  # type: ignore[operator]
+        if any(part is unit for unit in inner):
+            fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
     return module

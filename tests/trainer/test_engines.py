@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 from exfm.data.errors import UserError
 from exfm.launch.cli import app
 from exfm.trainer import engines
+from exfm.trainer.build import build_dense
 from exfm.trainer.config import check_ranks
 from exfm.trainer.engines import DenseEngineConfig, dense_bytes, gathered
 from tests.trainer.jobs import (
@@ -75,8 +76,6 @@ def test_every_rank_holds_a_part_of_every_large_weight(stream, tmp_path, on_rank
 
 
 def shapes_of(raw: Raw) -> list[tuple[int, ...]]:
-    from exfm.trainer.build import build_dense
-
     served, _, _ = build_dense(parsed(raw), torch.device("cpu"))
     return [tuple(p.shape) for p in served.parameters()]
 
@@ -132,3 +131,33 @@ def test_the_planner_keeps_a_share_of_the_dense_part_and_what_is_gathered():
     assert max(gathered(module)) * 4 == whole
     assert dense_bytes(DenseEngineConfig(kind="fsdp"), module, 10) == 16 * 101_000 + whole
     assert dense_bytes(DenseEngineConfig(kind="fsdp", shard=2), module, 10) == 16 * 505_000 + whole
+
+
+MODELS = {
+    "dcnv2": {"kind": "dcnv2", "cross_layers": 2, "rank": 3, "deep_mlp": [64, 32]},
+    "dlrm": {"kind": "dlrm", "width": 8, "bottom_mlp": [16], "top_mlp": [32]},
+    "wukong": {"kind": "wukong", "layers": 2, "width": 8, "num_fmb": 4, "num_lcb": 4, "rank": 4, "fmb_mlp": [32], "final_mlp": [16]},
+    "attentive": {
+        "kind": "wukong", "layers": 2, "width": 8, "num_fmb": 4, "num_lcb": 4, "rank": 4, "fmb_mlp": [32], "final_mlp": [16],
+        "interaction": "attentive",
+    },
+}  # fmt: skip
+
+
+def difference(raws: list[Raw]) -> list[str]:
+    """Names of the dense parameters that start otherwise in pieces than whole."""
+    engines.UNIT_PARAMETERS = 200
+    names = []
+    for raw in raws:
+        config = parsed(raw)
+        whole, pieces = (build_dense(config, torch.device("cpu"), in_pieces)[0] for in_pieces in (False, True))
+        for (name, a), b in zip(whole.named_parameters(), pieces.parameters(), strict=True):
+            if not torch.equal(a, b.full_tensor()):
+                names.append(f"{config.model.kind}: {name}")
+    return names
+
+
+def test_every_model_starts_from_the_same_weights_whole_and_in_pieces(stream, tmp_path, on_ranks):
+    even = {"rows": 30, "width": 8, "pooling": "mean", "init": 0.1}  # dlrm wants tables of one width
+    raws = [job(tmp_path / m, stream, dense_engine=FSDP, model=MODELS[m], tables__viewed=even) for m in MODELS]
+    assert on_ranks(3, difference, raws) == [[], [], []]
