@@ -181,24 +181,25 @@ def plan(
         return _print({"report": str(page)}) if as_json else print(page)
     if config is None:
         raise UserError("exfm plan needs a job's config, or --compare A.json B.json")
+    if dry_run_rank:
+        from exfm.launch import dryrun
+
+        dryrun.check(dry_run_rank, steps, max(1, world_size // (replicas or 1)))
     planned = plan_config(config, sets or [], world_size, gpus_per_node, gpu, device, replicas, local_batch)
     if out is not None:
         planned.plan.write(out)
         write_plan_page(out.with_suffix(".html"), [(config.stem, planned.plan)])
     if not as_json:
-        Console().print(render(planned), highlight=False)
+        Console(width=None if sys.stdout.isatty() else 140).print(render(planned), highlight=False)
     if not dry_run_rank:
         if as_json:
             _print(summary(planned))
         return
-    from exfm.launch.dryrun import dry_run_rank as dry_run
-    from exfm.launch.dryrun import lines
-
-    found = dry_run(planned, dry_run_rank, steps)
+    found = dryrun.dry_run_rank(planned, dry_run_rank, steps)
     if as_json:
         _print(summary(planned) | {"dry_run": found})
     else:
-        print("\n".join(lines(planned, found)))
+        print("\n".join(dryrun.lines(planned, found)))
 
 
 @app.command()

@@ -16,18 +16,20 @@ WORST = "worst"
 PART_BYTES = ("tables_bytes", "table_state_bytes", "dense_bytes", "activations_bytes", "input_bytes", "output_bytes")
 
 
+def check(which: str, steps: int, ranks: int) -> None:
+    """UserError for a rank that is not among so many, and for no steps."""
+    if which != WORST and (not which.isdigit() or int(which) >= ranks):
+        raise UserError(f"--dry-run-rank is {which}; give a rank from 0 to {ranks - 1}, or {WORST}")
+    if steps < 1:
+        raise UserError(f"--steps is {steps}; use 1 or more")
+
+
 def request_of(planned: Planned, which: str, steps: int) -> Request:
     """which: a rank's number, or `worst`: the one with the most bytes of tables and their buffers. UserError for one that is not there."""
     job, plan = planned.job, planned.plan
     size = plan.topology.group_size
-    if which == WORST:
-        rank = int((plan.by_rank("hbm") + plan.by_rank("host")).argmax())
-    elif not which.isdigit() or int(which) >= size:
-        raise UserError(f"--dry-run-rank is {which}; give a rank from 0 to {size - 1}, or {WORST}")
-    else:
-        rank = int(which)
-    if steps < 1:
-        raise UserError(f"--steps is {steps}; use 1 or more")
+    check(which, steps, size)
+    rank = int((plan.by_rank("hbm") + plan.by_rank("host")).argmax()) if which == WORST else int(which)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     other = sorted({t.kernel for t, _ in plan.on_rank(rank)} - set(ON_CPU))
     if other and device.type == "cpu":

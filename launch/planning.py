@@ -45,7 +45,13 @@ def plan_config(
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device is '{device}'; use cpu or cuda")
     if ranks_per_node < 1 or world_size < 1 or (world_size > ranks_per_node and world_size % ranks_per_node):
-        raise UserError(f"--world-size {world_size} is not a whole number of nodes of {ranks_per_node} ranks")
+        less = max(world_size, 1) // max(ranks_per_node, 1) * ranks_per_node
+        raise UserError(
+            f"--world-size {world_size} is not a whole number of nodes of {ranks_per_node} ranks (--gpus-per-node); use "
+            f"{less} or {less + ranks_per_node}"
+            if ranks_per_node > 0
+            else f"--gpus-per-node is {ranks_per_node}; use 1 or more"
+        )
     job = load_config(config, list(sets), JobConfig)
     own: dict[str, Any] = {}
     if gpu or (device == "cuda" and not job.sharding.topology):
@@ -155,7 +161,8 @@ def render(planned: Planned) -> RenderableType:
         title=f"the {min(SHOWN, len(plan.tables))} costliest tables, ms summed over ranks", title_justify="left"
     )
     for column in ("table", "rows", "sharding", "kernel", "where", "ms", "slowest shard", "memory"):
-        table.add_column(column, justify="left" if column in ("table", "sharding", "kernel", "where") else "right")
+        left = column in ("table", "sharding", "kernel", "where")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column in ("table", "rows", "memory"))
     for own in s["tables"][:SHOWN]:
         cut = f" by {own['column_width']}" if own["column_width"] != own["width"] else ""
         table.add_row(

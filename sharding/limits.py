@@ -12,7 +12,10 @@ GIB = 2**30
 
 
 def gib(value: float) -> str:
-    return f"{value / GIB:,.1f} GiB"
+    """Bytes for people, of which the first two digits are seen."""
+    if value >= GIB / 2:
+        return f"{value / GIB:,.1f} GiB"
+    return f"{value / 2**20:,.1f} MiB" if value >= 2**20 / 2 else f"{value / 2**10:,.1f} KiB"
 
 
 def smallest(tables: Sequence[Sequence[Candidate]]) -> float:

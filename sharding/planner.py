@@ -17,6 +17,7 @@ from exfm.data.errors import UserError
 from exfm.data.stats import ColumnStats, StreamStats, read_stats
 from exfm.embeddings.config import FeaturesConfig, TableConfig
 from exfm.sharding.cache_stats import TableCache
+from exfm.sharding.candidates import BY_COLUMN, EVERYWHERE, ON_NODES
 from exfm.sharding.config import ShardingConfig, TableSharding
 from exfm.sharding.fast_planner import TableSharder, plan_model
 from exfm.sharding.plan import Plan, read_plan
@@ -79,12 +80,9 @@ def plan_job(
     if cached is not None and cached.inputs == inputs:
         return cached
     constraints = _constraints(model, features, config, topology.group_size, local_batch)
+    for name, own in config.tables.items():
+        _check_table(name, own, config, topology)
     pins = {name: own.ranks for name, own in config.tables.items() if own.ranks}
-    for name, ranks in pins.items():
-        if wrong := [r for r in ranks if not 0 <= r < topology.group_size]:
-            raise UserError(
-                f"sharding.tables.{name}.ranks names rank {wrong[0]}; there are 0 to {topology.group_size - 1}; name some of these"
-            )
     cuda = topology.device == "cuda"
     reserved = int(config.reserved * (topology.hbm_bytes if cuda else topology.host_bytes)) + dense_bytes
     plan = plan_model(
@@ -161,6 +159,37 @@ def _constraints(
             is_weighted=any(f.weighted for f in features.sparse if f.table == name),
         )
     return constraints
+
+
+def _check_table(name: str, own: TableSharding, config: ShardingConfig, topology: Topology) -> None:
+    """UserError for settings of one table of which each is possible, but not together, naming both."""
+    where, types = f"sharding.tables.{name}", own.types or config.allowed
+    shown = f"{f'{where}.types' if own.types else 'sharding.allowed'} [{', '.join(types)}]"
+    if own.column_shard and not set(types) & set(BY_COLUMN):
+        raise UserError(
+            f"{where}.column_shard {own.column_shard} and {shown} contradict: none of these cuts by columns; drop the one or allow "
+            f"{' or '.join(BY_COLUMN)}"
+        )
+    if own.kernels and set(types) == {ShardingType.DATA_PARALLEL.value}:
+        raise UserError(
+            f"{where}.kernels [{', '.join(own.kernels)}] and {shown} contradict: copies are plain tensors beside the dense part and have no "
+            "other kernel; drop kernels or allow another type"
+        )
+    if own.ranks is None:
+        return
+    if wrong := [r for r in own.ranks if not 0 <= r < topology.group_size]:
+        raise UserError(
+            f"{where}.ranks names rank {wrong[0]}; there are 0 to {topology.group_size - 1}; name some of these"
+        )
+    size = min(topology.ranks_per_node, topology.group_size)
+    nodes = [n for n in range(topology.group_size // size) if set(range(n * size, (n + 1) * size)) <= set(own.ranks)]
+    needs = dict.fromkeys(EVERYWHERE, len(set(own.ranks)) == topology.group_size) | dict.fromkeys(ON_NODES, bool(nodes))
+    if not any(needs.get(kind, True) for kind in types):
+        ranks = f"{where}.ranks [{', '.join(map(str, own.ranks))}]"
+        raise UserError(
+            f"{ranks} and {shown} contradict: {' and '.join(EVERYWHERE)} have a shard on each of the {topology.group_size} ranks, "
+            f"{' and '.join(ON_NODES)} on each of a node's {size}; name all of those or allow table_wise or column_wise"
+        )
 
 
 def _columns(features: FeaturesConfig, stats: StreamStats | None) -> dict[str, ColumnStats]:

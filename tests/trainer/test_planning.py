@@ -81,3 +81,26 @@ def test_a_plan_of_another_version_beside_a_run_is_made_anew(tmp_path, raw):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/plan.json").write_text(json.dumps([{"table": "user"}]))
     assert plan_here(parsed(raw), "cpu", 1, 1, tmp_path / "run")[1].startswith("planned in")
+
+
+@pytest.mark.parametrize(
+    ("own", "both"),
+    [
+        ({"types": ["row_wise"], "ranks": [0, 1]}, r"ranks \[0, 1\] and sharding.tables.user.types \[row_wise\] contradict"),
+        ({"types": ["table_row_wise"], "ranks": [3, 4, 5]}, r"ranks \[3, 4, 5\] and .*types \[table_row_wise\] contradict"),
+        ({"types": ["table_wise"], "column_shard": 8}, r"column_shard 8 and .*types \[table_wise\] contradict"),
+        ({"types": ["data_parallel"], "kernels": ["fused_uvm"]}, r"kernels \[fused_uvm\] and .*types \[data_parallel\] contradict"),
+        ({"ranks": [0], "column_shard": 4}, r"column_shard 4 and sharding.allowed \[table_wise, row_wise\] contradict"),
+        ({"ranks": [8]}, r"ranks names rank 8; there are 0 to 7"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_named_both(own, both, raw):
+    config = parsed(replaced(raw, sharding__tables={"user": own}))
+    with pytest.raises(UserError, match=both):
+        plan_on(config, gpu_topology("h100", 8, 4))
+
+
+def test_a_table_is_row_wise_in_a_node_that_it_may_use(raw):
+    own = {"user": {"types": ["table_row_wise"], "ranks": [3, 4, 5, 6, 7]}}
+    plan = plan_on(parsed(replaced(raw, sharding__tables=own)), gpu_topology("h100", 8, 4))
+    assert next(t for t in plan.tables if t.table == "user").where == (1,)
