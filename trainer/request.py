@@ -50,9 +50,8 @@ class Request:
     def from_json(text: str) -> "Request":
         fields = json.loads(text)
         device = torch.device(fields.pop("device"))
-        where = device.type, fields["ranks_per_node"]
         plan: Any = {
-            path: EmbeddingModuleShardingPlan({name: _parameter(row, *where) for name, row in module.items()})
+            path: EmbeddingModuleShardingPlan({name: _parameter(row, device.type) for name, row in module.items()})
             for path, module in fields.pop("plan").items()
         }
         config = JobConfig.model_validate(fields.pop("config"))
@@ -72,12 +71,13 @@ def _row(parameter: ParameterSharding) -> dict[str, Any]:
     }
 
 
-def _parameter(row: dict[str, Any], device_type: str, ranks_per_node: int) -> ParameterSharding:
+def _parameter(row: dict[str, Any], device_type: str) -> ParameterSharding:
+    # a node of one rank: whichever rank is played, its device is the first one here
     shards = [
         ShardMetadata(
             shard_sizes=[rows, columns],
             shard_offsets=[row, column],
-            placement=placement(device_type, rank, ranks_per_node),
+            placement=placement(device_type, rank, 1),
         )
         for rows, columns, row, column, rank in row["shards"]
     ]

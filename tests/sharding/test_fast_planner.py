@@ -1,6 +1,7 @@
 """Plans of our own search: complete, within limits, judged by TorchRec's estimators, near the lower bound, buildable by TorchRec."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -19,6 +21,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from exfm.data.errors import UserError
 from exfm.sharding import search
 from exfm.sharding.fast_planner import Planner, plan_model
+from exfm.sharding.loopback import loopback_group
 from exfm.sharding.plan import Plan, read_plan
 from exfm.sharding.planner import TableSharder
 from exfm.sharding.topology import Topology, gpu_topology
@@ -170,12 +173,22 @@ def test_the_numbers_of_equal_ranks_do_not_change_the_cost():
 
 
 def test_a_2d_plan_is_that_of_one_sharding_group():
-    """And stays among its ranks, which TorchRec moves to those of every other group."""
+    """TorchRec moves it to the ranks of every group: together they hold every row once per replica, and a group is whole nodes."""
     rows, pooling = [10_000_000, 3_000_000, 500, 40_000, 8_000_000], [3.0, 20.0, 1.0, 7.0, 40.0]
     replicated, alone = (planned(rows, pooling, gpu_topology("h100", *size)) for size in ((32, 8, 4), (8, 8)))
     assert replicated.tables == alone.tables and replicated.cost == alone.cost
-    placed = {s.placement.rank() for t in replicated.torchrec().plan["tables"].values() for s in t.sharding_spec.shards}
-    assert placed and placed <= set(range(8))
+    cells, on_cuda = {}, SimpleNamespace(_device=torch.device("cuda"))
+    for rank in range(32):
+        plan = replicated.torchrec()
+        with loopback_group(rank, 32, 8):
+            DMPCollection._remap_sharding_plan(on_cuda, plan, rank, 4, 8, use_inter_host_allreduce=True)
+        for name, table in plan.plan["tables"].items():
+            for shard in table.sharding_spec.shards if table.sharding_spec else ():
+                assert shard.placement.rank() // 8 == rank // 8
+                if shard.placement.rank() == rank:
+                    cells[name] = cells.get(name, 0) + shard.shard_sizes[0] * shard.shard_sizes[1]
+    sharded = [t for t in replicated.tables if t.sharding_type != "data_parallel"]
+    assert cells == {t.table: 4 * t.rows * t.width for t in sharded} and sharded
 
 
 def test_pinned_tables_stay_on_their_ranks_and_drop_in_for_torchrec():

@@ -1,12 +1,25 @@
 """Jobs on one CUDA device: both pipelines near the CPU's scores, checkpoints that move between devices, no stalls in a step."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from exfm.checkpoints.commits import committed
+from exfm.embeddings.config import FeaturesConfig, TableConfig
+from exfm.embeddings.tables import build_collection
+from exfm.sharding.fast_planner import TableSharder, plan_model
+from exfm.sharding.loopback import loopback_group
+from exfm.sharding.plan import read_plan
+from exfm.sharding.shards import local_kernels
+from exfm.sharding.topology import gpu_topology
+from exfm.trainer.dryrun import dry_run, estimate
 from exfm.trainer.env import RankEnv, process_group
 from exfm.trainer.loop import Job
 from exfm.trainer.run import DONE, STOPPED
@@ -24,6 +37,7 @@ from tests.trainer.jobs import (
     summary,
     teacher,
 )
+from tests.trainer.large import request
 
 pytestmark = pytest.mark.gpu
 PIPELINES = ["base", "sparse_dist"]
@@ -132,3 +146,71 @@ def test_a_step_of_the_base_pipeline_never_waits_for_the_gpu(stream, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
         job.log.close()
     assert [str(w.message) for w in caught if "synchroniz" in str(w.message)] == []
+
+
+@pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
+def test_tables_in_host_memory_end_near_the_cpus_weights(kernel, kind, stream, tmp_path):
+    on_cpu = teacher(tmp_path / "cpu", stream, sharding__allowed=[kind])
+    gpu = on_cuda(on_cpu, tmp_path / "gpu", sharding__kernels=[kernel])
+    run(on_cpu)
+    assert run(gpu)[0] == DONE
+    assert {t.kernel for t in read_plan(tmp_path / "gpu/plan.json").tables} == {kernel}
+    a, b = last_state(on_cpu), last_state(gpu)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k].cpu(), atol=1e-3) for k in a)
+
+
+def test_a_planned_rank_of_many_is_within_a_tenth_of_its_estimate():
+    asked = request(
+        ("table_wise", "row_wise", "column_wise"),
+        world_size=256,
+        local_batch=256,
+        features=48,
+        rows=2_000_000,
+        width=128,
+    )
+    asked = dataclasses.replace(asked, device=torch.device("cuda"))
+    expected, found = estimate(asked), dry_run(asked)
+    assert abs(expected.total - found.peak_bytes) < 0.1 * found.peak_bytes
+
+
+def test_a_2d_plan_steps_in_its_sharding_group():
+    """Rank 0 of 16 in groups of 8, among loopback peers, by TorchRec's 2D wrapper."""
+    from torchrec.distributed.model_parallel import DMPCollection
+
+    features, tables = (
+        FeaturesConfig(sparse=[{"name": "f", "table": "t", "ids": "hash"}]),
+        {"t": TableConfig(rows=4096, width=32)},
+    )
+    collection = build_collection(features, tables, weighted=False)
+    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.1})
+    module = torch.nn.ModuleDict({"tables": collection})
+    plan = plan_model(
+        module,
+        [TableSharder()],
+        gpu_topology("h100", 16, 8, 2),
+        32,
+        {"t": ParameterConstraints(sharding_types=["row_wise"])},
+    )
+    device = torch.device("cuda")
+    with loopback_group(0, 16, 8):
+        model = DMPCollection(
+            module,
+            device,
+            plan.torchrec(),
+            world_size=16,
+            sharding_group_size=8,
+            global_pg=torch.distributed.group.WORLD,
+            sharders=[TableSharder()],
+        )
+        ids = KeyedJaggedTensor(
+            keys=["f"], values=torch.arange(64, device=device), lengths=torch.full((32,), 2, device=device)
+        )
+        before = torch.cuda.memory_allocated()
+        out = model.module["tables"](ids).values()
+        out.sum().backward()
+        model.sync()
+        assert out.shape == (32, 32) and bool(out.isfinite().all()) and torch.cuda.memory_allocated() >= before
+        shards = [s for kernel in local_kernels(model) for s in kernel.shards]
+        assert [tuple(s.weight.shape) for s in shards] == [(512, 32)]
