@@ -254,31 +254,43 @@ def bench(
 
 @data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="ml1m or parquet")],
+    name: Annotated[str, typer.Argument(help="ml1m, criteo, frappe or parquet")],
     out: Annotated[Path, typer.Option(help="folder of the new stream")],
     source: Annotated[
         Path | None, typer.Option(help="publisher's folder or Parquet file(s); ml1m without it is downloaded")
     ] = None,
     schema: Annotated[Path | None, typer.Option(help="schema YAML (parquet)")] = None,
-    slices: Annotated[int, typer.Option(help="number of slices of about equal size")] = 50,
+    slices: Annotated[int, typer.Option(help="number of slices of about equal size; frappe: of training")] = 50,
+    rows: Annotated[int, typer.Option(help="examples per slice (criteo)")] = 1_000_000,
     window_s: Annotated[int | None, typer.Option(help="seconds per slice instead of --slices (parquet)")] = None,
     drop_extra: Annotated[bool, typer.Option(help="ignore columns that the schema does not name (parquet)")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a data set into a stream of slices."""
-    from exfm.data import movielens, parquet
+    from exfm.data import criteo, frappe, movielens, parquet
     from exfm.data.inspect import inspect
 
     if name == "ml1m":
         found = source or movielens.download(out.parent / "download", Bars())
         movielens.prepare(str(found), str(out), num_slices=slices, progress=Bars())
+    elif name in ("criteo", "frappe"):
+        if source is None:
+            raise UserError(
+                f"data prepare {name} needs --source; it cannot be downloaded without its publisher's consent"
+            )
+        if name == "criteo":
+            criteo.prepare_criteo(source, str(out), rows, Bars())
+        else:
+            frappe.prepare_frappe(source, str(out), slices, Bars())
     elif name == "parquet":
         if source is None or schema is None:
             raise UserError("data prepare parquet needs --source FILE|FOLDER and --schema FILE")
         cut: dict[str, int] = {"window_s": window_s} if window_s is not None else {"num_slices": slices}
         parquet.prepare_parquet(source, schema, str(out), drop_extra=drop_extra, progress=Bars(), **cut)
     else:
-        raise UserError(f"there is no data set '{name}'; use ml1m, or parquet with a schema of your own")
+        raise UserError(
+            f"there is no data set '{name}'; use ml1m, criteo, frappe, or parquet with a schema of your own"
+        )
     if as_json:
         _print(inspect(str(out)))
 
