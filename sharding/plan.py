@@ -150,16 +150,16 @@ class Plan(BaseModel):
                 found.append((table, (row, column, rows, columns)))
         return found
 
-    def torchrec(self, tables: Iterable[str] | None = None) -> ShardingPlan:
-        """TorchRec's form, shard by shard. tables: of these alone."""
+    def torchrec(self, tables: Iterable[str] | None = None, stochastic_rounding: bool | None = None) -> ShardingPlan:
+        """TorchRec's form, shard by shard. tables: of these alone; stochastic_rounding: of fp16 rows, None for TorchRec's default."""
         wanted = None if tables is None else set(tables)
         modules: dict[str, EmbeddingModuleShardingPlan] = defaultdict(EmbeddingModuleShardingPlan)
         for table in self.tables:
             if wanted is None or table.table in wanted:
-                modules[table.path][table.table] = self._parameter(table)
+                modules[table.path][table.table] = self._parameter(table, stochastic_rounding)
         return ShardingPlan(dict(modules))  # type: ignore[arg-type]
 
-    def _parameter(self, table: TablePlan) -> ParameterSharding:
+    def _parameter(self, table: TablePlan, stochastic_rounding: bool | None) -> ParameterSharding:
         ranks = self.ranks(table).tolist()
         spec = None
         if table.sharding_type != ShardingType.DATA_PARALLEL.value:
@@ -174,7 +174,9 @@ class Plan(BaseModel):
                 ]
             )
         cache = None if table.cache_load is None else CacheParams(load_factor=table.cache_load)
-        return ParameterSharding(table.sharding_type, table.kernel, ranks, spec, cache_params=cache)
+        return ParameterSharding(
+            table.sharding_type, table.kernel, ranks, spec, cache_params=cache, stochastic_rounding=stochastic_rounding
+        )
 
     def write(self, path: str | Path) -> None:
         fs, where = open_folder(path)

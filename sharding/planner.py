@@ -63,13 +63,18 @@ def plan_job(
     local_batch: int,
     dense_bytes: int = 0,
     cached: Plan | None = None,
+    sharder: TableSharder | None = None,
 ) -> Plan:
     """The plan of the collections of `model` (on the meta device): that of `sharding.plan`, the cached one where it was made from
-    the same, else a new one. local_batch: examples per rank and step; dense_bytes: what the dense part needs of every rank.
+    the same, else a new one. local_batch: examples per rank and step; dense_bytes: what the dense part needs of every rank;
+    sharder: with the codecs of what is sent in fewer bits.
 
     UserError for tables that cannot use so many ranks or do not fit, and for a plan file of something else, naming what differs.
     """
     inputs = inputs_of(features, tables, config, topology, local_batch, dense_bytes)
+    if sharder is not None and sharder.qcomm_codecs_registry:
+        codecs = sharder.qcomm_codecs_registry.values()
+        inputs["precision"] = " ".join(f"{c.forward.quantized_dtype}/{c.backward.quantized_dtype}" for c in codecs)
     if config.plan:
         given = read_plan(config.plan)
         if changed := [what for what in ("tables", "ranks") if given.inputs.get(what) != inputs[what]]:
@@ -87,7 +92,7 @@ def plan_job(
     reserved = int(config.reserved * (topology.hbm_bytes if cuda else topology.host_bytes)) + dense_bytes
     plan = plan_model(
         model,
-        [TableSharder()],  # type: ignore[list-item]
+        [sharder or TableSharder()],  # type: ignore[list-item]
         topology,
         local_batch,
         constraints,

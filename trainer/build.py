@@ -66,7 +66,9 @@ def build(
 ) -> Built:
     """Build, shard and wrap; plan where no plan is given. Needs an initialised process group. UserError where no plan is possible."""
     served, heads, adapter = build_dense(config, device, in_pieces=config.dense_engine.kind == "fsdp")
-    objective = Objective(served, heads, adapter, config.distillation.learn, offsets).to(device)
+    objective = Objective(served, heads, adapter, config.distillation.learn, offsets, config.precision.computing).to(
+        device
+    )
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
         build_collection(config.features, config.tables, weighted=True),
@@ -81,6 +83,7 @@ def build(
     # ddp comes after the tables are sharded: it must not see their parameters
     if config.dense_engine.kind == "ddp":
         objective.served = ddp(served, device)
+        config.precision.compress(objective.served)
     groups: list[nn.Module] = [served]
     if heads is not None:
         objective.heads = ddp(heads, device) if env.world_size > 1 else heads
@@ -131,8 +134,8 @@ def shard_tables(
         module,
         env=ShardingEnv.from_process_group(pg),
         device=device,
-        plan=plan.torchrec(),
-        sharders=[TableSharder()],  # type: ignore[list-item]
+        plan=plan.torchrec(stochastic_rounding=config.precision.stochastic_rounding),
+        sharders=[TableSharder(None, config.precision.codecs(device.type))],  # type: ignore[list-item]
         init_data_parallel=False,
     )
     kernels = list(local_kernels(model))
@@ -172,8 +175,10 @@ def build_dense(
         backbone = build_backbone(config.model, inputs)
         return Served(backbone, Head(backbone.out_width, config.heads.hidden, num_tasks))
 
+    gradients = torch.bfloat16 if config.precision.gradients == "bf16" else torch.float32
+
     def make_in_pieces() -> Served:
-        return made_in_pieces(config.dense_engine, make_served, device)
+        return made_in_pieces(config.dense_engine, make_served, device, gradients)
 
     served = _seeded(make_in_pieces if in_pieces else make_served, config.run.seed, "served").to(device)
     learn = config.distillation.learn

@@ -23,6 +23,7 @@ from exfm.trainer.engines import DenseEngineConfig
 from exfm.trainer.env import DeviceChoice
 from exfm.trainer.learning import check_learning
 from exfm.trainer.optim import OptimConfig
+from exfm.trainer.precision import PrecisionConfig
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -95,6 +96,7 @@ class JobConfig(BaseModel):
     heads: HeadsConfig
     optim: OptimConfig = OptimConfig()
     dense_engine: DenseEngineConfig = DenseEngineConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     sharding: ShardingConfig = ShardingConfig()
     distillation: DistillationConfig = DistillationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -132,7 +132,9 @@ def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
     """What exfm.trainer.build makes, by the given plan, with constant rows."""
     config, device = request.config, request.device
     served, heads, adapter = build_dense(config, device, in_pieces=config.dense_engine.kind == "fsdp")
-    objective = Objective(served, heads, adapter, config.distillation.learn, (0.0,) * len(config.heads.tasks))
+    objective = Objective(
+        served, heads, adapter, config.distillation.learn, (0.0,) * len(config.heads.tasks), config.precision.computing
+    )
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
         build_collection(config.features, config.tables, weighted=True),
@@ -151,7 +153,7 @@ def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
         env=ShardingEnv.from_process_group(pg),
         device=device,
         plan=request.plan,
-        sharders=[TableSharder()],  # type: ignore[list-item]
+        sharders=[TableSharder(None, config.precision.codecs(device.type))],  # type: ignore[list-item]
         init_data_parallel=False,
     )
     shards = [shard for kernel in local_kernels(model) for shard in kernel.shards]

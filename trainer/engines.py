@@ -80,16 +80,22 @@ def ddp(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def made_in_pieces(engine: DenseEngineConfig, make: Callable[[], M], device: torch.device) -> M:
+def made_in_pieces(
+    engine: DenseEngineConfig, make: Callable[[], M], device: torch.device, gradients: torch.dtype = torch.float32
+) -> M:
     """A module of DTensors with the values that `make()` gives it: unit after unit is made whole, filled and cut, never all at once.
 
-    Every parameter must be filled by a `reset_parameters` of the module that has it, called by its constructor.
+    gradients: what they are sent as. Every parameter must be filled by a `reset_parameters` of the module that has it, called by its constructor.
     """
-    from torch.distributed.fsdp import fully_shard  # takes a second, and whoever reads a config needs none of it
+    from torch.distributed.fsdp import (  # takes a second, and whoever reads a config needs none of it
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
 
     world = dist.get_world_size()
     shards = engine.shards(world)
     shape = (world,) if shards == world else (world // shards, shards)
+    policy = MixedPrecisionPolicy(reduce_dtype=None if gradients == torch.float32 else gradients)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("shard",) if len(shape) == 1 else ("copy", "shard"))
     with torch.device("meta"):
         module = make()
@@ -100,6 +106,6 @@ def made_in_pieces(engine: DenseEngineConfig, make: Callable[[], M], device: tor
             part.to_empty(device="cpu", recurse=False)
             fill()  # type: ignore[operator]
         if any(part is unit for unit in inner):
-            fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
     return module

@@ -3,8 +3,10 @@
 b examples on this rank, w backbone width, n heads for each of s teachers, t tasks, W ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,13 @@ from exfm.distillation.losses import label_loss, observed, soft_loss, teacher_ta
 from exfm.models.heads import Head
 from exfm.models.interface import Backbone, ModelSize
 from exfm.trainer.optim import adam_state
+
+Computing = Callable[[torch.device], AbstractContextManager[Any]]
+
+
+def full(device: torch.device) -> AbstractContextManager[Any]:
+    """As the tensors are: fp32."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,11 @@ class Objective(nn.Module):
         adapter: Adapter | None,
         learn: LearnConfig | None,
         offsets: tuple[float, ...],
+        computing: Computing = full,
     ) -> None:
+        """computing: in which the served model and the heads run, by device."""
         super().__init__()
+        self.computing = computing
         self.served, self.heads, self.adapter, self.learn = served, heads, adapter, learn
         self.offsets: Tensor
         self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
@@ -122,7 +134,9 @@ class Objective(nn.Module):
         self.teacher_weights.copy_(torch.tensor(weights))
 
     def forward(self, batch: Batch, pooled: Tensor) -> tuple[Tensor, StepOutput]:
-        logits, x = self.served(batch.dense, pooled)
+        with self.computing(pooled.device):
+            logits, x = self.served(batch.dense, pooled)
+        logits = logits.float()  # losses are fp32
         total = batch.weights.sum()
         dist.all_reduce(total)
         # a step whose examples all weigh 0 has loss 0
@@ -143,7 +157,8 @@ class Objective(nn.Module):
         target = teacher_target(supervision, learn.label_scale)
         if self.heads is None:
             return soft_loss(logits[:, None].expand_as(target), target, soft_weights)
-        own = self.heads(x)  # [b, n, s, t]
+        with self.computing(x.device):
+            own = self.heads(x).float()  # [b, n, s, t]
         if self.adapter is None and not learn.auxiliary_labels:
             return soft_loss(own[:, 0], target, soft_weights)
         labels, hard_weights = observed(batch.labels, weights)

@@ -13,6 +13,7 @@ from exfm.embeddings.tables import build_collection, pooled_features
 from exfm.models.build import build_backbone
 from exfm.models.heads import Head
 from exfm.models.interface import InputSpec
+from exfm.sharding.fast_planner import TableSharder
 from exfm.sharding.plan import Plan, read_plan
 from exfm.sharding.planner import changes, plan_job, topology_of
 from exfm.sharding.topology import Topology
@@ -45,7 +46,17 @@ def plan_on(config: JobConfig, topology: Topology, cached: Plan | None = None, d
     local_batch = -(-config.stream.global_batch // topology.world_size)
     if dense is None:
         dense = dense_bytes(config.dense_engine, served_on_meta(config), topology.world_size)
-    return plan_job(module, config.features, config.tables, config.sharding, topology, local_batch, dense, cached)
+    return plan_job(
+        module,
+        config.features,
+        config.tables,
+        config.sharding,
+        topology,
+        local_batch,
+        dense,
+        cached,
+        TableSharder(None, config.precision.codecs(topology.device)),
+    )
 
 
 def plan_here(

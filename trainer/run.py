@@ -38,8 +38,9 @@ def run_job(
     """Train to the end or a stop; DONE or STOPPED. UserError, SaveError, BadLoss or RankLost where it cannot go on."""
     check_ranks(config, env.world_size)
     check_against_stream(config, open_stream(config.stream.path, config.stream.labels))
-    device_type = pick_device(config.run.device, env).type
-    planned = plan_here(config, device_type, env.world_size, env.local_world_size, Path(config.run.folder))
+    chosen = pick_device(config.run.device, env)
+    config.precision.check(chosen, config.dense_engine.kind)
+    planned = plan_here(config, chosen.type, env.world_size, env.local_world_size, Path(config.run.folder))
     with joined(config.run, env, watch) as (device, doing), _commits_lock(config, env):
         failure: tuple[str, Position] | None = None
         for left in reversed(range(config.run.max_restores + 1)):
