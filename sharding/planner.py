@@ -170,7 +170,7 @@ def _check_table(name: str, own: TableSharding, config: ShardingConfig, topology
     """UserError for settings of one table of which each is possible, but not together, naming both."""
     where, types = f"sharding.tables.{name}", own.types or config.allowed
     shown = f"{f'{where}.types' if own.types else 'sharding.allowed'} [{', '.join(types)}]"
-    if own.column_shard and not set(types) & set(BY_COLUMN):
+    if own.types and own.column_shard and not set(types) & set(BY_COLUMN):
         raise UserError(
             f"{where}.column_shard {own.column_shard} and {shown} contradict: none of these cuts by columns; drop the one or allow "
             f"{' or '.join(BY_COLUMN)}"

@@ -90,7 +90,6 @@ def test_a_plan_of_another_version_beside_a_run_is_made_anew(tmp_path, raw):
         ({"types": ["table_row_wise"], "ranks": [3, 4, 5]}, r"ranks \[3, 4, 5\] and .*types \[table_row_wise\] contradict"),
         ({"types": ["table_wise"], "column_shard": 8}, r"column_shard 8 and .*types \[table_wise\] contradict"),
         ({"types": ["data_parallel"], "kernels": ["fused_uvm"]}, r"kernels \[fused_uvm\] and .*types \[data_parallel\] contradict"),
-        ({"ranks": [0], "column_shard": 4}, r"column_shard 4 and sharding.allowed \[table_wise, row_wise\] contradict"),
         ({"ranks": [8]}, r"ranks names rank 8; there are 0 to 7"),
     ],
 )  # fmt: skip
