@@ -78,7 +78,7 @@ def figure(rows: list[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(8, 5))
+    fig, axes = plt.subplots(figsize=(10, 5))
     for n, tables in enumerate(sorted({r["tables"] for r in rows})):
         own = [r for r in rows if r["tables"] == tables]
         size = [tables * r["ranks"] for r in own]
@@ -88,10 +88,17 @@ def figure(rows: list[Result], path: Path) -> None:
         if done:
             axes.plot(*zip(*done, strict=True), "x--", color=f"C{n}", label=f"TorchRec, {tables} tables")
         if late:
-            axes.plot(late, [LIMIT_S] * len(late), "^", color=f"C{n}", mfc="none", label=f"not done, {tables} tables")
+            axes.plot(
+                late,
+                [LIMIT_S] * len(late),
+                "^",
+                color=f"C{n}",
+                mfc="none",
+                label=f"TorchRec, {tables} tables, stopped at {LIMIT_S:.0f} s",
+            )
     axes.set(xscale="log", yscale="log", xlabel="tables x ranks", ylabel="seconds to plan, one core")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
