@@ -32,7 +32,7 @@ demo: $(STAMP)  ## teacher, supervision, students and a report, small
 	$(BIN)/exfm demo $(ARGS)
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

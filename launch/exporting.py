@@ -49,6 +49,7 @@ from exfm.trainer.export import (
     program_bytes,
 )
 from exfm.trainer.metrics import Metrics, Predictions, summarise
+from exfm.trainer.precision import PrecisionConfig
 from exfm.trainer.state import canonical_state, check_identity, versions
 
 CHECKED_EXAMPLES, CHECK_BATCH = 4096, 1000
@@ -140,6 +141,7 @@ def _trained(config: JobConfig, schema: Schema, folders: list[Folder], device: t
         update={
             "distillation": DistillationConfig(),
             "dense_engine": DenseEngineConfig(),  # whole on its one rank
+            "precision": PrecisionConfig(),  # as it is served
             # any plan holds the same weights; whether they fit is the machine's to say
             "sharding": ShardingConfig(allowed=("table_wise",), host_gib=2.0**30),
         }

@@ -29,6 +29,7 @@ from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
 from exfm.trainer.planning import plan_here
+from exfm.trainer.precision import PrecisionConfig
 
 T = TypeVar("T")
 REHEARSALS = (
@@ -103,7 +104,8 @@ class Scoring:
 
 
 def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: Plan | None = None) -> Scoring:
-    """Build and shard what scores: tables and served model, without heads, adapter or dense engine."""
+    """Build and shard what scores: tables and served model, without heads, adapter or dense engine, in fp32 whatever it was trained in."""
+    config = config.model_copy(update={"precision": PrecisionConfig()})
     served, _, _ = build_dense(config, device)
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),

@@ -102,9 +102,10 @@ def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(stream, tmp_path, on
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_what_was_trained_in_pieces_is_verified_published_and_exported_whole(stream, tmp_path, on_ranks):
+def test_what_was_trained_in_pieces_and_16_bits_is_verified_published_and_exported_whole(stream, tmp_path, on_ranks):
     snapshots = {"snapshots": {"every_slices": 3}}
-    raw = teacher(tmp_path / "run", stream, dense_engine=FSDP, checkpoint=snapshots, **WIDE)
+    low = {"dense": "bf16", "gradients": "bf16", "embeddings_forward": "fp16"}
+    raw = teacher(tmp_path / "run", stream, dense_engine=FSDP, precision=low, checkpoint=snapshots, **WIDE)
     on_ranks(2, cut, raw)
     assert (tmp_path / "run/snapshots/slice=000002/manifest.json").exists()
     for arguments in (["checkpoint", "verify"], ["export", "--out", str(tmp_path / "served")]):
