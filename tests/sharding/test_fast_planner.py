@@ -14,7 +14,7 @@ from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -64,6 +64,9 @@ def torchrecs_cost(plan: ShardingPlan, module: nn.Module, topology: Topology, ow
     limited = {n: copy.copy(c) for n, c in own.items()}
     for name, constraint in limited.items():
         constraint.min_partition = widths.get(name, constraint.min_partition)
+        constraint.sharding_types = [
+            kind.value for kind in ShardingType
+        ]  # grid_shard is offered only where it is named
     options = EmbeddingEnumerator(topology.torchrec(), 256, limited).enumerate(module, SHARDERS)
     for name, parameter in plan.plan["tables"].items():
         option = next(
