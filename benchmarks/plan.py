@@ -25,6 +25,7 @@ from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -57,7 +58,14 @@ def case(
     ]
     module = nn.ModuleDict({"tables": EmbeddingBagCollection(tables=configs, device=torch.device("meta"))})
     constraints = {
-        f"t{i}": ParameterConstraints(pooling_factors=[p], compute_kernels=["fused", "dense"], min_partition=NARROWEST)
+        f"t{i}": ParameterConstraints(
+            pooling_factors=[p],
+            sharding_types=[
+                kind.value for kind in ShardingType
+            ],  # TorchRec's planner tries grid_shard only where it is named
+            compute_kernels=["fused", "dense"],
+            min_partition=NARROWEST,
+        )
         for i, p in enumerate(pooling)
     }
     need = sum(rows) * WIDTH * 2
