@@ -47,7 +47,7 @@ def prepare_criteo(source: Path, out: str, slice_rows: int, progress: Progress |
     for path in files:
         begin = row
         for table in _slices(path, slice_rows, progress):
-            examples = _examples(table, row, f"{path}, row {{}} of it", row - begin)
+            examples = _examples(table, row, path, row - begin)
             write_slice(stream, index, row, row + len(examples), examples)
             index, row = index + 1, row + len(examples)
     return commit_stream(out, SCHEMA, index, {"files": [path.name for path in files]})
@@ -100,17 +100,17 @@ def _batches(path: Path, raw: BinaryIO) -> Iterator[pa.RecordBatch]:
         ) from None
 
 
-def _examples(table: pa.Table, first: int, where: str, in_file: int) -> pa.Table:
-    """Rows of a file with the columns of SCHEMA. first: number of the first one; in_file: that in its file, which `where` asks for."""
+def _examples(table: pa.Table, first: int, path: Path, in_file: int) -> pa.Table:
+    """Rows of a file with the columns of SCHEMA. first: number of the first one; in_file: that in its file."""
     number = pa.array(np.arange(first, first + len(table)))
     columns: dict[str, pa.Array] = {SCHEMA.id: number, SCHEMA.timestamp: number}
     for name in CATEGORIES:
-        columns[name] = _number(table.column(name).combine_chunks(), in_file, f"{where}, column {name}")
+        columns[name] = _number(table.column(name).combine_chunks(), name, path, in_file)
     columns |= {name: table.column(name) for name in COUNTS}
     return pa.table(columns | {"click": table.column("click").cast(pa.float32())})
 
 
-def _number(text: pa.Array, first: int, where: str) -> pa.Array:
+def _number(text: pa.Array, column: str, path: Path, first: int) -> pa.Array:
     """int64 of 8 hexadecimal digits each; nulls stay. UserError names the first row that has something else."""
     wrong = pc.not_equal(pc.binary_length(text), DIGITS).fill_null(False)
     if not pc.any(wrong).as_py():
@@ -127,5 +127,5 @@ def _number(text: pa.Array, first: int, where: str) -> pa.Array:
         wrong = pc.is_in(text, value_set=pa.array([present[int(bad.argmax())].as_py()]))
     row = int(np.argmax(wrong.to_numpy(zero_copy_only=False)))
     raise UserError(
-        f"{where.format(first + row)}: '{text[row]}' is no category of {DIGITS} hexadecimal digits; {REMEDY}"
+        f"{path}, row {first + row} of it, column {column}: '{text[row]}' is no category of {DIGITS} hexadecimal digits; {REMEDY}"
     )

@@ -97,8 +97,6 @@ def dense_memory(config: JobConfig, local_batch: int, world_size: int) -> DenseM
     own = sum(-(-p.shape[0] // shards) * p[0].numel() for p in served.parameters())
     weights = FLOAT * (own + sum(p.numel() for p in (heads.parameters() if heads is not None else ())))
     in_forward, in_backward = (FLOAT * n for n in gathered(served))
-    backward -= FLOAT * max(
-        p.numel() for p in served.parameters()
-    )  # a gradient, which is counted with what is gathered
-    backward = max(backward, saved) + in_backward
+    largest = FLOAT * max(p.numel() for p in served.parameters())  # its gradient is counted with what is gathered
+    backward = max(backward - largest, saved) + in_backward
     return DenseMemory(weights, weights, 2 * weights, saved, forward + in_forward, backward, sizes[0])

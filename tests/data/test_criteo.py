@@ -94,6 +94,8 @@ def test_the_published_sample_is_what_its_parquet_says(tmp_path, data_dir):
     ],
 )
 def test_a_file_of_another_form_is_refused(broken, message, tmp_path):
+    tmp_path = tmp_path / "with {braces}"
+    tmp_path.mkdir()
     rows = rows_of(6)
     broken(rows)
     (tmp_path / "train.txt").write_text(text(rows))
