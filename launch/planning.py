@@ -48,7 +48,7 @@ def plan_config(
         less = max(world_size, 1) // max(ranks_per_node, 1) * ranks_per_node
         raise UserError(
             f"--world-size {world_size} is not a whole number of nodes of {ranks_per_node} ranks (--gpus-per-node); use "
-            f"{less} or {less + ranks_per_node}"
+            f"{f'{less} or ' if less else ''}{less + ranks_per_node}"
             if ranks_per_node > 0
             else f"--gpus-per-node is {ranks_per_node}; use 1 or more"
         )
