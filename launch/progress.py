@@ -1,5 +1,6 @@
 """Progress of running jobs: a live Rich table on a terminal, one line per interval elsewhere."""
 
+import json
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -57,3 +58,11 @@ class JobView:
             self.console.print(f"{job.name}: {words}", highlight=False)
         elif job.name in self.tasks:
             self.bars.update(self.tasks[job.name], description=f"{job.name}: {words}")
+        if code == 0 and (word := _anatomy(job)):
+            self.console.print(f"{job.name}: {word}", highlight=False)
+
+
+def _anatomy(job: LocalJob) -> str:
+    """Where the time of a finished training job went, in its own words."""
+    path = job.folder / "summary.json"
+    return str(json.loads(path.read_text()).get("anatomy", "")) if path.exists() else ""

@@ -20,6 +20,7 @@ from exfm.checkpoints.warm import warm_source, warm_start
 from exfm.data.errors import UserError
 from exfm.distillation.version import Origin
 from exfm.embeddings.tables import fill_initial
+from exfm.trainer.anatomy import COMMITTING, Anatomy
 from exfm.trainer.gate import refusal
 from exfm.trainer.learning import check_beginning, origin_of
 from exfm.trainer.ledger import as_array, from_array, write_ledger
@@ -73,6 +74,7 @@ class Commits:
         """Begin a commit of the present state; it ends in the background, and then, if so told, a snapshot of it is published."""
         job, p = self.job, self.job.progress
         job.doing.phase = SAVING
+        job.anatomy.mark(COMMITTING)
         p.seconds += time.monotonic() - job.begun
         job.begun = time.monotonic()
         entries = list(job.entries)
@@ -92,6 +94,7 @@ class Commits:
     def wait(self) -> None:
         """Until the last commit has ended. SaveError if it failed."""
         self.job.doing.phase = SAVING
+        self.job.anatomy.mark(COMMITTING)
         self.saver.wait()
         self._record()
 
@@ -127,6 +130,7 @@ class Commits:
             "first_evaluated": job.first_evaluated,
             "examples": p.examples,
             "seconds": p.seconds,
+            "anatomy": job.anatomy.state(),
             "versions": versions(),
             "loss_guard": job.guard.state(),
         }
@@ -192,6 +196,7 @@ class Commits:
             for key in self._manifest():
                 newest.manifest[key]
             mean, count = newest.manifest["loss_guard"]
+            Anatomy(torch.device("cpu")).load(newest.manifest["anatomy"])
             Origin(**newest.manifest["origin"])
             float(mean), int(count)
             for arrays in share:
@@ -223,6 +228,7 @@ class Commits:
             job.first_evaluated = m["first_evaluated"]
         job.built.optimizers.steps = m["optimizer_steps"]
         job.guard.load(m["loss_guard"])
+        job.anatomy.load(m["anatomy"])
         for arrays in share:
             job.metrics.merge({k: arrays[f"metrics/{k}"] for k in job.metrics.state()})
             p.covered += int(arrays["progress/covered"])

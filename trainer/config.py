@@ -28,6 +28,14 @@ from exfm.trainer.precision import PrecisionConfig
 M = TypeVar("M", bound=BaseModel)
 
 
+class TraceConfig(BaseModel):
+    """Steps of each attempt that torch.profiler follows; a Chrome trace per rank in <run>/logs. first: counted from 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    first: int = Field(20, ge=1, description="the first steps are slower than all others")
+    steps: int = Field(10, gt=0)
+
+
 class RunConfig(BaseModel):
     """Section `run`. folder: everything the job writes. pipeline: TorchRec's TrainPipelineBase or TrainPipelineSparseDist."""
 
@@ -52,6 +60,8 @@ class RunConfig(BaseModel):
     spike_factor: float = Field(
         0.0, ge=0, description="a global batch's loss above so many times its running mean is bad too; 0: off"
     )
+
+    trace: TraceConfig | None = None
 
     @field_validator("hang_s")
     @classmethod

@@ -20,6 +20,7 @@ from exfm.distillation.supervision import SupervisionLog
 from exfm.distillation.version import Identity, Origin, genesis, next_version, slice_digest
 from exfm.sharding.plan import Plan
 from exfm.sharding.planner import plan_table
+from exfm.trainer.anatomy import COMMITTING, WAITING, Anatomy, Pace, peak_flops
 from exfm.trainer.build import build, rehearse
 from exfm.trainer.columns import batch_columns
 from exfm.trainer.commits import Commits
@@ -34,6 +35,7 @@ from exfm.trainer.publish import Publisher
 from exfm.trainer.steps import PIPELINES, Feed, HostCopies, Pipeline
 from exfm.trainer.summary import slice_line, write_summary
 from exfm.trainer.teachers import Teachers
+from exfm.trainer.trace import Tracer
 from exfm.trainer.waiting import wait_together
 from exfm.trainer.watch import BUILDING, SAVING, Doing
 
@@ -67,6 +69,7 @@ class Job:
         self.config, self.env, self.device, self.should_stop = config, env, device, should_stop
         self.doing = doing or Doing()
         self.doing.phase = BUILDING
+        self.anatomy = Anatomy(device)
         self.folder = Path(config.run.folder)
         self.stream: Stream = open_stream(config.stream.path, config.stream.labels)
         self.slices = slices_of(self.stream, config.stream)
@@ -76,9 +79,11 @@ class Job:
         plan, self.plan_word = planned or (None, "")
         self.built = build(config, env, device, offsets, plan)
         rehearse(self.built, padding(self.columns, 1), device)
+        self.anatomy.watch(self.built.model, self.built.objective)
         self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
         self.commits = Commits(self)
-        self.pipeline = Pipeline(config.run.pipeline, self.built, device)
+        self.pipeline = Pipeline(config.run.pipeline, self.built, device, self.anatomy)
+        self.tracer = Tracer(config.run.trace, self.folder, env.rank, self.anatomy)
         self.copies = HostCopies(device)
         self.metrics = Metrics(len(config.stream.domains), len(config.heads.tasks), config.evaluation.bootstrap)
         self.entries: list[Entry] = []
@@ -86,6 +91,8 @@ class Job:
         self.ledger_path = f"{root}/ledger.parquet"
         self.progress = Progress(self.slices.start, 0, 0, "", 0, 0, 0.0)
         self.begin_from(Origin())
+        flops, peak = 3 * self.built.served.size().flops_per_example, peak_flops(device, config.precision)
+        self.pace = Pace(self.anatomy, flops, peak, env.world_size)
         learn = config.distillation.learn
         tasks = config.heads.tasks
         self.teachers = None if learn is None else Teachers(learn, tasks, self.stream, self.slices.start)
@@ -132,6 +139,7 @@ class Job:
 
     def close(self) -> None:
         self.doing.phase = SAVING
+        self.tracer.close()
         self.commits.saver.close()
         self.log.close()
 
@@ -141,6 +149,7 @@ class Job:
         if self.progress.slice == self.slices.stop and (self.folder / "summary.json").exists():
             self.log.say("finished before; nothing to do")
             return True
+        self.anatomy.mark(WAITING)
         finished = self._train()
         self.commits.wait()
         if finished:
@@ -174,6 +183,7 @@ class Job:
 
     def open(self, index: int) -> SliceReader | None:
         """This rank's reader of a slice, with supervision beside it where the job learns from a teacher; None to stop."""
+        self.anatomy.mark(WAITING)
         self.doing.phase = f"waiting for slice {index}"
         config, teachers = self.config.stream, self.teachers
         wait_s = config.wait_s if config.on_missing == "wait" else 0.0
@@ -202,11 +212,12 @@ class Job:
         # commit points inside a slice lie on whole global batches
         length = -(-every // reader.global_batch) * reader.global_batch if every else reader.examples
         stop = min(start + length, reader.examples)
-        feed = Feed(self._batches(reader, start, stop), self.doing)
+        feed = Feed(self._batches(reader, start, stop), self.doing, self.anatomy)
         self.learned_ids, steps = 0, 0
         check: Check | None = None
         try:
             for batch, output in self.pipeline.run(feed):
+                self.tracer.step()
                 self.copies.put(batch, output)
                 self._consume(reader, drain=False)
                 self.progress.step += 1
@@ -225,6 +236,7 @@ class Job:
                 self._answer(check)
         finally:
             feed.close()
+        self.anatomy.mark(COMMITTING)
         self._enter(start)
 
     def _skip(self, reader: SliceReader, start: int) -> None:

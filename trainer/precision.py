@@ -11,16 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 from exfm.data.errors import UserError
 
 Sent = Literal["fp32", "fp16", "bf16"]
-BF16_CAPABILITY = 8  # of a CUDA device: Ampere
+BF16_CAPABILITY = 8  # of a CUDA device: Ampere, also for tf32
 
 
 class PrecisionConfig(BaseModel):
-    """dense: of the dense part's products (autocast). embeddings_forward, embeddings_backward: pooled embeddings and their gradients on
+    """dense: of the dense part's products (bf16: autocast; tf32: on tensor cores, from and to fp32). embeddings_forward, embeddings_backward: pooled embeddings and their gradients on
     their way between ranks. gradients: of the dense part between ranks. stochastic_rounding: of updates of fp16 rows; default: on CUDA.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    dense: Literal["fp32", "bf16"] = "fp32"
+    dense: Literal["fp32", "tf32", "bf16"] = "fp32"
     embeddings_forward: Sent = "fp32"
     embeddings_backward: Sent = "fp32"
     gradients: Literal["fp32", "bf16"] = "fp32"
@@ -29,6 +29,8 @@ class PrecisionConfig(BaseModel):
     def check(self, device: torch.device, engine: str) -> None:
         """UserError for what the device has not under a dense engine: TorchRec and FBGEMM would silently do something else."""
         if device.type == "cpu":
+            if self.dense == "tf32":
+                raise UserError("precision.dense is tf32, which only CUDA devices have; use fp32 or bf16")
             for name in ("embeddings_forward", "embeddings_backward"):
                 if getattr(self, name) == "bf16":
                     raise UserError(
@@ -42,10 +44,12 @@ class PrecisionConfig(BaseModel):
                 raise UserError(
                     "precision.stochastic_rounding is true, but FBGEMM's CPU kernels round to nearest; leave it out, or train on a GPU"
                 )
-        elif "bf16" in self.model_dump().values() and torch.cuda.get_device_capability(device)[0] < BF16_CAPABILITY:
-            raise UserError(
-                f"precision asks for bf16, which {torch.cuda.get_device_name(device)} has not; use fp16 for embeddings and fp32 else"
-            )
+        elif torch.cuda.get_device_capability(device)[0] < BF16_CAPABILITY:
+            for name in ("tf32", "bf16"):
+                if name in self.model_dump().values():
+                    raise UserError(
+                        f"precision asks for {name}, which {torch.cuda.get_device_name(device)} has not; use fp16 for embeddings and fp32 else"
+                    )
 
     def codecs(self, device_type: str) -> Any:
         """TorchRec's, for a sharder; None where everything is sent as fp32."""
@@ -54,6 +58,10 @@ class PrecisionConfig(BaseModel):
         kinds = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}
         config = QCommsConfig(kinds[self.embeddings_forward], kinds[self.embeddings_backward])
         return get_qcomm_codecs_registry(config, device=torch.device(device_type))
+
+    def set_products(self) -> None:
+        """Of this process: whether fp32 products may be rounded to tf32."""
+        torch.set_float32_matmul_precision("high" if self.dense == "tf32" else "highest")
 
     def computing(self, device: torch.device) -> AbstractContextManager[Any]:
         """In which the dense part's forward pass runs."""

@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineBase, TrainPipelineSparseDist
 
 from exfm.data.batch import Batch
+from exfm.trainer.anatomy import BOOKKEEPING, OPTIMIZER, PIPELINE, READING, Anatomy
 from exfm.trainer.build import Built
 from exfm.trainer.objective import StepOutput
+from exfm.trainer.optim import Optimizers
 from exfm.trainer.watch import Doing
 
 COPIES_IN_FLIGHT = 2
@@ -38,8 +42,9 @@ EVAL_PIPELINES: dict[str, Any] = {"base": EvalPipelineBase, "sparse_dist": EvalP
 class Feed(Iterator[Batch]):
     """Hands batches to a pipeline, keeps those in flight, and can be ended early: the pipeline then drains."""
 
-    def __init__(self, batches: Iterator[Batch], doing: Doing | None = None) -> None:
+    def __init__(self, batches: Iterator[Batch], doing: Doing | None = None, anatomy: Anatomy | None = None) -> None:
         self.batches, self.doing = batches, doing or Doing()
+        self.reading = nullcontext if anatomy is None else partial(anatomy.inside, READING)
         self.in_flight: deque[Batch] = deque()
         self.ended = False
 
@@ -47,7 +52,8 @@ class Feed(Iterator[Batch]):
         if self.ended:
             raise StopIteration
         self.doing.phase = "reading a batch"
-        batch = next(self.batches)
+        with self.reading():
+            batch = next(self.batches)
         self.doing.phase = "training step"
         self.in_flight.append(batch)
         return batch
@@ -58,25 +64,41 @@ class Feed(Iterator[Batch]):
             close()
 
 
+class Marked:
+    """Optimisers as a pipeline calls them, marking when."""
+
+    def __init__(self, optimizers: Optimizers, anatomy: Anatomy) -> None:
+        self.optimizers, self.anatomy = optimizers, anatomy
+        self.zero_grad = optimizers.zero_grad
+
+    def step(self) -> None:
+        self.anatomy.mark(OPTIMIZER)
+        self.optimizers.step()
+        self.anatomy.mark(PIPELINE)
+
+
 class Pipeline:
     """TorchRec's train pipeline by name; one call per segment, drained at its end."""
 
-    def __init__(self, kind: str, built: Built, device: torch.device) -> None:
-        self.kind, self.built, self.device = kind, built, device
+    def __init__(self, kind: str, built: Built, device: torch.device, anatomy: Anatomy) -> None:
+        self.kind, self.built, self.device, self.anatomy = kind, built, device, anatomy
         self._sparse: Any = self._make(TrainPipelineSparseDist) if kind == "sparse_dist" else None
 
     def _make(self, kind: Any) -> Any:
-        return kind(self.built.model, self.built.optimizers, self.device)
+        return kind(self.built.model, Marked(self.built.optimizers, self.anatomy), self.device)
 
     def run(self, feed: Feed) -> Iterator[tuple[Batch, StepOutput]]:
         """(batch on the host, output) of every step until the feed ends."""
         pipeline = self._sparse or self._make(TrainPipelineBase)
         batches = iter(feed)
         while True:
+            self.anatomy.mark(PIPELINE)
             try:
                 output = pipeline.progress(batches)
             except StopIteration:
                 return
+            finally:
+                self.anatomy.mark(BOOKKEEPING)
             yield feed.in_flight.popleft(), output
 
 

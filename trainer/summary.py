@@ -10,6 +10,7 @@ import torch.distributed as dist
 from exfm.data.clock import clock_of
 from exfm.data.commit import commit_json
 from exfm.data.reader import SliceReader
+from exfm.trainer.anatomy import verdict
 from exfm.trainer.metrics import auc, replicate_calibration, replicate_ne, summarise
 from exfm.trainer.teachers import TOTAL
 
@@ -58,6 +59,7 @@ def slice_line(job: "Job", reader: SliceReader | None = None) -> dict[str, Any]:
         "ne_so_far": so_far,
         "seconds_left": seconds * (1 - share) / max(share, 1e-9),
         "lr": job.built.optimizers.lr,
+        **job.pace.since(p.examples),
     }
     metrics = _by_group(job, sums)
     if ended:
@@ -83,6 +85,20 @@ def _lag(job: "Job") -> dict[str, Any]:
     job.newest = min(job.stream.newest(kind, max(job.newest, p.slice)) for kind in kinds)
     labelled = max(float(m.extra.get("at", "nan")) for m in manifests if m is not None)
     return {"lag_s": clock_of(job.stream.root).now() - labelled, "behind_slices": job.newest - p.slice}
+
+
+def anatomy_line(summary: dict[str, Any]) -> str:
+    """Where the time went, largest first, and what to change."""
+    stages: dict[str, float] = summary["stages"]
+    total = max(sum(stages.values()), 1e-9)
+    shares = [
+        f"{stage} {s / total:.0%}" for stage, s in sorted(stages.items(), key=lambda i: -i[1]) if s / total >= 0.005
+    ]
+    mfu = f", MFU {summary['mfu']:.0%}" if "mfu" in summary else ""
+    return (
+        f"time: {', '.join(shares)}; goodput {summary['goodput']:.0%}, {summary['flops_per_s'] / 1e9:,.1f} GFLOP/s a rank{mfu}; "
+        f"{verdict(stages)}"
+    )
 
 
 def write_summary(job: "Job") -> None:
@@ -117,8 +133,10 @@ def write_summary(job: "Job") -> None:
         "dense_parameters": size.num_parameters,
         "flops_per_example": size.flops_per_example,
         "table_parameters": sum(t.rows * t.width for t in job.config.tables.values()),
+        **job.pace.whole(p.examples),
         "groups": groups,
     }
+    summary["anatomy"] = anatomy_line(summary)
     arrays: dict[str, Any] = {}
     for g, group in enumerate(_groups(job)):
         for t, task in enumerate(job.config.heads.tasks):
@@ -127,4 +145,5 @@ def write_summary(job: "Job") -> None:
     np.savez(f"{root}/bootstrap.npz", **arrays)
     commit_json(fs, f"{root}/summary.json", summary)
     main = groups["all"][job.config.heads.tasks[0]]
+    job.log.say(summary["anatomy"])
     job.log.say(f"done: {p.examples:,} examples, NE {main['ne']:.4f}, AUC {main['auc']:.4f}, {seconds:.0f} s")

@@ -92,6 +92,7 @@ def test_the_plan_knows_that_less_is_sent(stream, tmp_path):
     [
         ({"embeddings_backward": "bf16"}, r"precision.embeddings_backward is bf16, .* use fp16 or fp32"),
         ({"gradients": "bf16"}, r"precision.gradients is bf16, .* or dense_engine.kind: fsdp"),
+        ({"dense": "tf32"}, r"precision.dense is tf32, .* use fp32 or bf16"),
         ({"stochastic_rounding": True}, r"precision.stochastic_rounding is true, .* train on a GPU"),
     ],
 )
