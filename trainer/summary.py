@@ -97,7 +97,7 @@ def anatomy_line(summary: dict[str, Any]) -> str:
     mfu = f", MFU {summary['mfu']:.0%}" if "mfu" in summary else ""
     return (
         f"time: {', '.join(shares)}; goodput {summary['goodput']:.0%}, {summary['flops_per_s'] / 1e9:,.1f} GFLOP/s a rank{mfu}; "
-        f"{verdict(stages)}"
+        f"{summary['bottleneck']}"
     )
 
 
@@ -136,6 +136,7 @@ def write_summary(job: "Job") -> None:
         **job.pace.whole(p.examples),
         "groups": groups,
     }
+    summary["bottleneck"] = verdict(summary["stages"])
     summary["anatomy"] = anatomy_line(summary)
     arrays: dict[str, Any] = {}
     for g, group in enumerate(_groups(job)):

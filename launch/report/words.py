@@ -181,6 +181,24 @@ def fact_rows(runs: Iterable[Run]) -> list[list[str]]:
     return lines
 
 
+TIME = ("run", "goodput", "FLOP/s of a rank", "MFU", "what takes most, and what to change")
+
+
+def time_rows(runs: Iterable[Run]) -> list[list[str]]:
+    """Of finished runs."""
+    return [
+        [
+            run.name,
+            f"{s['goodput']:.0%}",
+            quantity(s["flops_per_s"]),
+            f"{s['mfu']:.0%}" if "mfu" in s else "no peak known",
+            s["bottleneck"].removeprefix("bottleneck: "),
+        ]
+        for run in runs
+        if (s := run.summary) is not None
+    ]
+
+
 def quantity(value: float) -> str:
     """Three digits and a decimal prefix: 306 k, 1.24 M, 3.20 T."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -12,6 +12,7 @@ from exfm.launch.report.figures import Figure, Line, Style, Window
 from exfm.launch.report.page import details_html, figures_html, page_html, section_html, table_html
 from exfm.launch.report.plan import plan_figure
 from exfm.launch.report.runs import Run, read_run
+from exfm.launch.report.stages import stages_figure
 
 USERS = "Intervals: 95%, by bootstrap over users; they do not cover the training seed."
 
@@ -140,6 +141,12 @@ def _facts(read: Mapping[str, Run], comparison: Comparison | None) -> str:
         caption = "A flat curve is a steady job; a dip is a wait for data, for supervision or for a commit."
         plot = draw.throughput_figure(runs, _styles(read, comparison))
         parts.append(figures_html([Figure("throughput", "Throughput", caption, plot)]))
+    if finished := [run for run in runs if run.summary]:
+        caption = "The first five are training steps, the rest is what a job does beside them; point at a piece for its seconds."
+        parts.append(figures_html([Figure("stages", "Where the time went", caption, stages_figure(finished))]))
+        note = "Goodput: share of all time since the job began in which steps were made that count. FLOP/s: of matrix products, three times the forward pass."
+        times = [("", [(cell, "") for cell in line]) for line in words.time_rows(finished)]
+        parts.append(table_html(words.TIME, times, note))
     return section_html("How it ran", *parts)
 
 

@@ -16,6 +16,7 @@ from exfm.launch.comparison import StudentPair, compare
 from exfm.launch.report import write_report
 from exfm.launch.report.plan import MAX_PIECES, pieces, plan_figure
 from exfm.launch.report.runs import read_run
+from exfm.trainer.anatomy import LOST, STAGES
 
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">&amp;%{x}"
 RNG = np.random.default_rng(3)
@@ -76,6 +77,10 @@ def write_run(folder: Path, name: str, ne: dict[str, float], own: str | None, sh
         "dense_parameters": 1234,
         "flops_per_example": 5_678_000,
         "table_parameters": 3_200_000_000_000,
+        "stages": dict.fromkeys(STAGES, 0.0) | {"forward": 10.0, "backward": 20.0, "reading": 9.99, LOST: 0.01},
+        "flops_per_s": 4.56e9,
+        "goodput": 0.75,
+        "bottleneck": "bottleneck: backward (words), 50% of the time; a remedy",
         "groups": {group: {"liked": values(own_ne)} for group, own_ne in ne.items()},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -141,7 +146,8 @@ def test_every_figure_of_a_comparison_is_drawn(demo):
     # each of the 5 runs names its second table after itself, so no two plans are alike; 2 ranks x 2 tables
     assert [marks[f"plan-{i}"] for i in range(5)] == [4] * 5
     assert marks["throughput"] == 5
-    assert len(marks) == 11
+    assert marks["stages"] == 5 * 3  # what took less than a thousandth is left out
+    assert len(marks) == 12
 
 
 def test_the_words_say_what_was_measured_and_what_was_not_resolved(demo):
@@ -151,7 +157,14 @@ def test_the_words_say_what_was_measured_and_what_was_not_resolved(demo):
     assert re.search(r"The student of domain d3 gained 2\.22% NE \[\d\.\d\d, \d\.\d\d\] from the teacher", first)
     assert "transfer ratio 0.20 [" in first
     assert "the gain from the teacher is not resolved, +0.11% NE [-" in second
-    assert "3.20 T" in dom and "5.68 M" in dom and "100.0%" in dom and "none used" in dom
+    assert (
+        "4.56 G" in dom
+        and "75%" in dom
+        and "3.20 T" in dom
+        and "5.68 M" in dom
+        and "100.0%" in dom
+        and "none used" in dom
+    )
     assert dom.count("<details>") == 5
 
 
@@ -177,7 +190,7 @@ def test_a_report_on_one_run_draws_its_groups(tmp_path):
     run = write_run(tmp_path / "run", "teacher", {"all": 0.78, "d3": 0.8}, None)
     dom = rendered(write_report(tmp_path / "report.html", [run], None, "exfm run"), tmp_path)
     marks = drawn_marks(dom)
-    assert marks == {"ne-0": 2 * (1 + NUM_SLICES), "calibration-0": 2, "plan-0": 4, "throughput": 1}
+    assert marks == {"ne-0": 2 * (1 + NUM_SLICES), "calibration-0": 2, "plan-0": 4, "throughput": 1, "stages": 3}
     assert "teacher reached NE 0.7800 [0.7" in dom and "domain d3" in dom
 
 
