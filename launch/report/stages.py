@@ -15,6 +15,7 @@ WAITS = ("#f0e442", "#c7a0d8", "#4d4d4d", "#b0b7c3", "#7fcdbb", NEUTRAL)
 def stages_figure(runs: Sequence[Run]) -> go.Figure:
     """One bar per finished job, in shares of all its time; what trains first, then what does not."""
     plot = blank(140 + 44 * len(runs), barmode="stack")
+    plot.update_layout(legend={"traceorder": "normal"})
     order = [*IN_STEP, *(s for s in (*STAGES, LOST) if s not in IN_STEP)]
     colours = COLOURS | dict(zip(order[len(IN_STEP) :], WAITS, strict=True))
     stages = [(run.summary or {})["stages"] for run in runs]

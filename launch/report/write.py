@@ -142,7 +142,7 @@ def _facts(read: Mapping[str, Run], comparison: Comparison | None) -> str:
         plot = draw.throughput_figure(runs, _styles(read, comparison))
         parts.append(figures_html([Figure("throughput", "Throughput", caption, plot)]))
     if finished := [run for run in runs if run.summary]:
-        caption = "The first five are training steps, the rest is what a job does beside them; point at a piece for its seconds."
+        caption = "Lookup, forward, backward, optimizer and pipeline are training steps, the rest is what a job does beside them; point at a piece for its seconds."
         parts.append(figures_html([Figure("stages", "Where the time went", caption, stages_figure(finished))]))
         note = "Goodput: share of all time since the job began in which steps were made that count. FLOP/s: of matrix products, three times the forward pass."
         times = [("", [(cell, "") for cell in line]) for line in words.time_rows(finished)]
