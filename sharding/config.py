@@ -47,7 +47,12 @@ class ShardingConfig(BaseModel):
         0.15, ge=0, lt=1, description="share of a rank's memory kept for activations, batches and libraries"
     )
     replicas: int = Field(
-        1, gt=0, description="copies of all tables (TorchRec's 2D parallelism); more than 1: plans only"
+        1,
+        gt=0,
+        description="2D parallelism: so many groups of ranks hold all tables each, and learn from their part of a batch",
+    )
+    sync_steps: int = Field(
+        1, gt=0, description="steps after which replicas are averaged; also before every commit and slice's end"
     )
     stats: str = ""
     plan: str = ""

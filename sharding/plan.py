@@ -150,17 +150,21 @@ class Plan(BaseModel):
                 found.append((table, (row, column, rows, columns)))
         return found
 
-    def torchrec(self, tables: Iterable[str] | None = None, stochastic_rounding: bool | None = None) -> ShardingPlan:
-        """TorchRec's form, shard by shard. tables: of these alone; stochastic_rounding: of fp16 rows, None for TorchRec's default."""
+    def torchrec(
+        self, tables: Iterable[str] | None = None, stochastic_rounding: bool | None = None, first_rank: int = 0
+    ) -> ShardingPlan:
+        """TorchRec's form, shard by shard. tables: of these alone; stochastic_rounding: of fp16 rows, None for TorchRec's default;
+        first_rank: of the sharding group.
+        """
         wanted = None if tables is None else set(tables)
         modules: dict[str, EmbeddingModuleShardingPlan] = defaultdict(EmbeddingModuleShardingPlan)
         for table in self.tables:
             if wanted is None or table.table in wanted:
-                modules[table.path][table.table] = self._parameter(table, stochastic_rounding)
+                modules[table.path][table.table] = self._parameter(table, stochastic_rounding, first_rank)
         return ShardingPlan(dict(modules))  # type: ignore[arg-type]
 
-    def _parameter(self, table: TablePlan, stochastic_rounding: bool | None) -> ParameterSharding:
-        ranks = self.ranks(table).tolist()
+    def _parameter(self, table: TablePlan, stochastic_rounding: bool | None, first_rank: int) -> ParameterSharding:
+        ranks = (self.ranks(table) + first_rank).tolist()
         spec = None
         if table.sharding_type != ShardingType.DATA_PARALLEL.value:
             device = self.topology.device

@@ -117,7 +117,7 @@ def inputs_of(
     lookups = [f.model_dump(mode="json") for f in features.sparse]
     shapes = {name: [t.rows, t.width, t.dtype, t.pooling] for name, t in tables.items()}
     stats = Path(config.stats).read_text() if config.stats and Path(config.stats).exists() else ""
-    allowed = config.model_dump(mode="json", exclude={"plan", "stats", "topology"})
+    allowed = config.model_dump(mode="json", exclude={"plan", "stats", "topology", "sync_steps"})
     ranks = [topology.device, topology.world_size, topology.ranks_per_node, topology.replicas]
     parts = {
         "tables": [lookups, shapes],

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
@@ -30,6 +30,7 @@ from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, T
 from exfm.trainer.optim import Optimizers
 from exfm.trainer.planning import plan_here
 from exfm.trainer.precision import PrecisionConfig
+from exfm.trainer.replicas import Replicas, groups_mesh, sharding_env
 
 T = TypeVar("T")
 REHEARSALS = (
@@ -50,6 +51,7 @@ class Built:
     kernels: list[Kernel]
     plan: list[dict[str, Any]]  # row by row, as checkpoints keep it
     planned: Plan
+    replicas: Replicas
 
     @property
     def shards(self) -> list[Shard]:
@@ -77,7 +79,7 @@ def build(
         tuple(f.name for f in config.features.sparse),
         mean_features(config.features, config.tables),
     )
-    model, kernels, plan = shard_tables(module, config, env, device, plan)
+    model, kernels, plan, mesh = shard_tables(module, config, env, device, plan)
     shards = [shard for kernel in kernels for shard in kernel.shards]
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
@@ -90,7 +92,8 @@ def build(
         objective.heads = ddp(heads, device) if env.world_size > 1 else heads
         groups.append(heads)
     optimizers = Optimizers(config.optim, groups, shards)
-    return Built(model, objective, served, heads, adapter, optimizers, kernels, describe(plan), plan)
+    replicas = Replicas(config.sharding, mesh, shards)
+    return Built(model, objective, served, heads, adapter, optimizers, kernels, describe(plan), plan, replicas)
 
 
 @dataclass
@@ -104,8 +107,9 @@ class Scoring:
 
 
 def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: Plan | None = None) -> Scoring:
-    """Build and shard what scores: tables and served model, without heads, adapter or dense engine, in fp32 whatever it was trained in."""
-    config = config.model_copy(update={"precision": PrecisionConfig()})
+    """Build and shard what scores: tables once, and the served model without heads, adapter or dense engine, in fp32 whatever it was trained in."""
+    sharding = config.sharding.model_copy(update={"replicas": 1})
+    config = config.model_copy(update={"precision": PrecisionConfig(), "sharding": sharding})
     served, _, _ = build_dense(config, device)
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
@@ -114,14 +118,14 @@ def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: P
         tuple(f.name for f in config.features.sparse),
         mean_features(config.features, config.tables),
     )
-    model, kernels, plan = shard_tables(module, config, env, device, plan)
+    model, kernels, plan, _ = shard_tables(module, config, env, device, plan)
     return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], describe(plan))
 
 
 def shard_tables(
     module: TrainModule, config: JobConfig, env: RankEnv, device: torch.device, plan: Plan | None
-) -> tuple[nn.Module, list[Kernel], Plan]:
-    """Shard a module's `tables` and `weighted`: the module, its lookup kernels here, the plan."""
+) -> tuple[nn.Module, list[Kernel], Plan, DeviceMesh | None]:
+    """Shard a module's `tables` and `weighted`: the module, its lookup kernels here, the plan, and the mesh of replicas."""
     # set before sharding: FBGEMM takes the optimiser into its backward kernel
     for collection in (module.tables, module.weighted):
         if collection is not None:
@@ -129,20 +133,20 @@ def shard_tables(
             apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), kwargs)
     plan = plan or plan_here(config, device.type, env.world_size, env.local_world_size, None)[0]
     _check_equal(plan)
-    assert get_gradient_division(), "TorchRec must divide embedding gradients by the world size"
-    pg = dist.group.WORLD
-    assert pg is not None
+    assert get_gradient_division(), "TorchRec must divide embedding gradients by the number of ranks of a group"
+    mesh = groups_mesh(config.sharding.replicas, device.type) if config.sharding.replicas > 1 else None
+    own = sharding_env(env, mesh)
     model = DistributedModelParallel(
         module,
-        env=ShardingEnv.from_process_group(pg),
+        env=own,
         device=device,
-        plan=plan.torchrec(stochastic_rounding=config.precision.stochastic_rounding),
+        plan=plan.torchrec(stochastic_rounding=config.precision.stochastic_rounding, first_rank=env.rank - own.rank),
         sharders=[TableSharder(None, config.precision.codecs(device.type))],  # type: ignore[list-item]
         init_data_parallel=False,
     )
     kernels = list(local_kernels(model))
-    check_shards([shard for kernel in kernels for shard in kernel.shards], describe(plan), env.rank)
-    return model, kernels, plan
+    check_shards([shard for kernel in kernels for shard in kernel.shards], describe(plan), own.rank)
+    return model, kernels, plan, mesh
 
 
 def rehearse(built: Built, batch: Batch, device: torch.device) -> None:

@@ -253,10 +253,38 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
 
 
 def check_ranks(config: JobConfig, world_size: int) -> None:
-    """UserError for more ranks than a global batch has examples, and for ranks that the dense engine cannot divide."""
+    """UserError for more ranks than a global batch has examples, and for what so many ranks cannot be divided into."""
     config.dense_engine.check(world_size)
+    check_replicas(config)
     if world_size > config.stream.global_batch:
         raise UserError(
             f"{world_size} ranks share a global batch of {config.stream.global_batch} examples; use at most "
             f"{config.stream.global_batch} ranks or raise stream.global_batch"
+        )
+
+
+def check_replicas(config: JobConfig) -> None:
+    """UserError for what does not go with replicas of tables: whatever follows single rows, and types that need a node to themselves."""
+    if config.sharding.replicas == 1:
+        return
+    snapshots = config.checkpoint.snapshots
+    rows = {
+        "checkpoint.full_every": (config.checkpoint.full_every, 1),
+        "checkpoint.staging": (
+            config.checkpoint.staging,
+            "bounded" if config.checkpoint.staging == "bounded" else "full",
+        ),
+        "checkpoint.snapshots.full_every": (1 if snapshots is None else snapshots.full_every, 1),
+    }
+    for key, (value, fits) in rows.items():
+        if value != fits:
+            raise UserError(
+                f"{key} is {value}, but sharding.replicas {config.sharding.replicas} are averaged row by row without a trace of which "
+                f"rows changed; use {fits}, or replicas: 1"
+            )
+    kinds = {*config.sharding.allowed, *(k for t in config.sharding.tables.values() for k in t.types or ())}
+    if on_nodes := sorted(kinds & {"table_row_wise", "table_column_wise", "grid_shard"}):
+        raise UserError(
+            f"sharding allows {', '.join(on_nodes)}, which can be planned with {config.sharding.replicas} replicas but not trained; "
+            "leave them out, or set replicas: 1"
         )

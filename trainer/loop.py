@@ -237,6 +237,7 @@ class Job:
         finally:
             feed.close()
         self.anatomy.mark(COMMITTING)
+        self.built.replicas.sync()
         self._enter(start)
 
     def _skip(self, reader: SliceReader, start: int) -> None:

@@ -65,10 +65,6 @@ def plan_here(
     """The plan of a launched job, and where it comes from, in words. folder: the run's, whose plan is taken if it was made from the
     same.
     """
-    if config.sharding.replicas > 1:
-        raise UserError(
-            f"sharding.replicas is {config.sharding.replicas}; replicas can be planned but not trained; set 1"
-        )
     topology = topology_of(config.sharding, device_type, world_size, ranks_per_node)
     cached, path = None, None if folder is None else folder / PLAN
     if path is not None and path.exists() and not config.sharding.plan:

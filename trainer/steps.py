@@ -15,7 +15,6 @@ from exfm.data.batch import Batch
 from exfm.trainer.anatomy import BOOKKEEPING, OPTIMIZER, PIPELINE, READING, Anatomy
 from exfm.trainer.build import Built
 from exfm.trainer.objective import StepOutput
-from exfm.trainer.optim import Optimizers
 from exfm.trainer.watch import Doing
 
 COPIES_IN_FLIGHT = 2
@@ -67,13 +66,14 @@ class Feed(Iterator[Batch]):
 class Marked:
     """Optimisers as a pipeline calls them, marking when."""
 
-    def __init__(self, optimizers: Optimizers, anatomy: Anatomy) -> None:
-        self.optimizers, self.anatomy = optimizers, anatomy
-        self.zero_grad = optimizers.zero_grad
+    def __init__(self, built: Built, anatomy: Anatomy) -> None:
+        self.built, self.anatomy = built, anatomy
+        self.zero_grad = built.optimizers.zero_grad
 
     def step(self) -> None:
         self.anatomy.mark(OPTIMIZER)
-        self.optimizers.step()
+        self.built.optimizers.step()
+        self.built.replicas.after_step()
         self.anatomy.mark(PIPELINE)
 
 
@@ -85,7 +85,7 @@ class Pipeline:
         self._sparse: Any = self._make(TrainPipelineSparseDist) if kind == "sparse_dist" else None
 
     def _make(self, kind: Any) -> Any:
-        return kind(self.built.model, Marked(self.built.optimizers, self.anatomy), self.device)
+        return kind(self.built.model, Marked(self.built, self.anatomy), self.device)
 
     def run(self, feed: Feed) -> Iterator[tuple[Batch, StepOutput]]:
         """(batch on the host, output) of every step until the feed ends."""

@@ -66,7 +66,6 @@ def test_measured_ids_per_example_decide_what_a_table_costs(tmp_path, raw):
             {"tables": {"user": {"types": ["column_wise"], "column_shard": 12}}},
             r"'user' is 8 wide and column_shard is 12: its column shards can be 4 wide",
         ),
-        ({"replicas": 2}, "replicas can be planned but not trained"),
         ({"topology": "h100"}, "sharding.topology h100 is of cuda, the job runs on cpu"),
         ({"plan": "/nowhere.json"}, "plan /nowhere.json cannot be read"),
         ({"host_gib": 0.000001}, "table 'item' does not fit|table 'user' does not fit|short"),
