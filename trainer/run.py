@@ -24,6 +24,7 @@ from exfm.sharding.plan import Plan
 from exfm.trainer.config import JobConfig, RunConfig, check_against_stream, check_ranks
 from exfm.trainer.ending import DONE, FAILED, STOPPED, WRONG_INPUT, decided, write_exit
 from exfm.trainer.env import RankEnv, pick_device, process_group
+from exfm.trainer.fits import check_batch
 from exfm.trainer.guard import BadLoss, Position, recover
 from exfm.trainer.loop import Job
 from exfm.trainer.planning import plan_here
@@ -42,6 +43,7 @@ def run_job(
     config.precision.check(chosen, config.dense_engine.kind)
     config.precision.set_products()
     planned = plan_here(config, chosen.type, env.world_size, env.local_world_size, Path(config.run.folder))
+    check_batch(config, planned[0], env.world_size)
     with joined(config.run, env, watch) as (device, doing), _commits_lock(config, env):
         failure: tuple[str, Position] | None = None
         for left in reversed(range(config.run.max_restores + 1)):

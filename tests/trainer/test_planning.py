@@ -1,6 +1,7 @@
 """The plan of a job: from its config alone, kept beside the run, taken from a file, refused where it is of something else."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from exfm.data.errors import UserError
 from exfm.data.stats import ColumnStats, StreamStats, write_stats
 from exfm.sharding.plan import read_plan
 from exfm.sharding.topology import gpu_topology
+from exfm.trainer.fits import check_batch
 from exfm.trainer.planning import plan_here, plan_on
 from tests.trainer.jobs import Raw, job, make_stream, parsed, replaced, run
 
@@ -102,3 +104,21 @@ def test_a_table_is_row_wise_in_a_node_that_it_may_use(raw):
     own = {"user": {"types": ["table_row_wise"], "ranks": [3, 4, 5, 6, 7]}}
     plan = plan_on(parsed(replaced(raw, sharding__tables=own)), gpu_topology("h100", 8, 4))
     assert next(t for t in plan.tables if t.table == "user").where == (1,)
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_its_bytes_and_one_that_does(tmp_path, raw):
+    """The advice is followed: with the batch that the message names, the job is let in."""
+    wide = replaced(
+        raw,
+        model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096]},
+        sharding__host_gib=0.25,
+        stream__global_batch=65536,
+    )
+    plan, _ = plan_here(parsed(wide), "cpu", 1, 1, None)
+    with pytest.raises(UserError, match=r"65536 examples a rank does not fit: \d\.\d GiB of activations") as error:
+        check_batch(parsed(wide), plan, 1)
+    advised = int(re.search(r"stream.global_batch to (\d+) or less", str(error.value))[1])
+    assert 0 < advised < 65536
+    check_batch(parsed(replaced(wide, stream__global_batch=advised)), plan, 1)
+    with pytest.raises(UserError, match="does not fit"):
+        check_batch(parsed(replaced(wide, stream__global_batch=2 * advised)), plan, 1)
