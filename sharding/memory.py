@@ -15,7 +15,11 @@ from torchrec.distributed.types import ParameterSharding, ShardingPlan
 from exfm.embeddings.config import FeaturesConfig, Tables
 from exfm.sharding.kinds import FLOAT, ON_NODES, PERMUTED, ROW, Kind, Ranks, own_shards
 
-BATCHES = {"base": 2, "sparse_dist": 3}  # local batches in memory: those of the pipeline, and one read ahead
+BATCHES = {
+    "base": 2,
+    "sparse_dist": 3,
+    "prefetch": 4,
+}  # local batches in memory: those of the pipeline, and one read ahead
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def rank_memory(
     ranks_per_node: int,
     pooling: Mapping[str, float],
     dense: DenseMemory,
-    pipeline: Literal["base", "sparse_dist"] = "base",
+    pipeline: Literal["base", "sparse_dist", "prefetch"] = "base",
 ) -> RankMemory:
     """pooling: ids per example of every feature, on average."""
     ranks = Ranks(rank, world_size, ranks_per_node, local_batch, pooling)
@@ -85,7 +89,7 @@ def rank_memory(
                     update = max(update, copies * rows * columns * FLOAT)
     width = sum(tables[f.table].width for f in features.sparse) * FLOAT * local_batch
     mean = sum(tables[f.table].width for f in features.sparse if tables[f.table].pooling == "mean")
-    step = _Step(collections, dense, ahead=pipeline == "sparse_dist")
+    step = _Step(collections, dense, ahead=pipeline != "base")
     step.run(ranks.batch(features) * BATCHES[pipeline], width + mean * FLOAT * local_batch, update)
     held: Counter[str] = Counter()
     for (category, _), size in step.at_peak[0].items():

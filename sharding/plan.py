@@ -151,19 +151,25 @@ class Plan(BaseModel):
         return found
 
     def torchrec(
-        self, tables: Iterable[str] | None = None, stochastic_rounding: bool | None = None, first_rank: int = 0
+        self,
+        tables: Iterable[str] | None = None,
+        stochastic_rounding: bool | None = None,
+        first_rank: int = 0,
+        prefetch: bool = False,
     ) -> ShardingPlan:
         """TorchRec's form, shard by shard. tables: of these alone; stochastic_rounding: of fp16 rows, None for TorchRec's default;
-        first_rank: of the sharding group.
+        first_rank: of the sharding group; prefetch: the pipeline fetches rows into caches ahead.
         """
         wanted = None if tables is None else set(tables)
         modules: dict[str, EmbeddingModuleShardingPlan] = defaultdict(EmbeddingModuleShardingPlan)
         for table in self.tables:
             if wanted is None or table.table in wanted:
-                modules[table.path][table.table] = self._parameter(table, stochastic_rounding, first_rank)
+                modules[table.path][table.table] = self._parameter(table, stochastic_rounding, first_rank, prefetch)
         return ShardingPlan(dict(modules))  # type: ignore[arg-type]
 
-    def _parameter(self, table: TablePlan, stochastic_rounding: bool | None, first_rank: int) -> ParameterSharding:
+    def _parameter(
+        self, table: TablePlan, stochastic_rounding: bool | None, first_rank: int, prefetch: bool
+    ) -> ParameterSharding:
         ranks = (self.ranks(table) + first_rank).tolist()
         spec = None
         if table.sharding_type != ShardingType.DATA_PARALLEL.value:
@@ -177,7 +183,9 @@ class Plan(BaseModel):
                     for box, rank in zip(boxes, ranks, strict=True)
                 ]
             )
-        cache = None if table.cache_load is None else CacheParams(load_factor=table.cache_load)
+        cache = None
+        if table.cache_load is not None:
+            cache = CacheParams(load_factor=table.cache_load, prefetch_pipeline=prefetch or None)
         return ParameterSharding(
             table.sharding_type, table.kernel, ranks, spec, cache_params=cache, stochastic_rounding=stochastic_rounding
         )

@@ -37,14 +37,16 @@ class TraceConfig(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """Section `run`. folder: everything the job writes. pipeline: TorchRec's TrainPipelineBase or TrainPipelineSparseDist."""
+    """Section `run`. folder: everything the job writes. pipeline: TorchRec's TrainPipelineBase, TrainPipelineSparseDist or
+    PrefetchTrainPipelineSparseDist, which also fetches the next batch's rows from host memory (fused_uvm_caching).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     folder: str
     seed: int = 0
     device: DeviceChoice = "auto"
-    pipeline: Literal["base", "sparse_dist"] = "base"
+    pipeline: Literal["base", "sparse_dist", "prefetch"] = "base"
     threads_per_rank: int = Field(1, gt=0)
     log_every_s: float = Field(5.0, gt=0)
     timeout_s: float = Field(600.0, gt=0, description="of every collective")

@@ -30,6 +30,7 @@ from exfm.trainer.loop import Job
 from exfm.trainer.planning import plan_here
 from exfm.trainer.score_config import ScoreConfig
 from exfm.trainer.scorer import run_score
+from exfm.trainer.steps import check_pipeline
 from exfm.trainer.watch import JOINING, RESTORING, Doing, RankLost, Watch
 
 
@@ -42,6 +43,7 @@ def run_job(
     chosen = pick_device(config.run.device, env)
     config.precision.check(chosen, config.dense_engine.kind)
     config.precision.set_products()
+    check_pipeline(config.run.pipeline, chosen)
     planned = plan_here(config, chosen.type, env.world_size, env.local_world_size, Path(config.run.folder))
     check_batch(config, planned[0], env.world_size)
     with joined(config.run, env, watch) as (device, doing), _commits_lock(config, env):

@@ -9,16 +9,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    EvalPipelineSparseDist,
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineBase,
+    TrainPipelineSparseDist,
+)
 
 from exfm.data.batch import Batch
+from exfm.data.errors import UserError
 from exfm.trainer.anatomy import BOOKKEEPING, OPTIMIZER, PIPELINE, READING, Anatomy
 from exfm.trainer.build import Built
 from exfm.trainer.objective import StepOutput
 from exfm.trainer.watch import Doing
 
 COPIES_IN_FLIGHT = 2
-PIPELINES: dict[str, Any] = {"base": TrainPipelineBase, "sparse_dist": TrainPipelineSparseDist}
+PIPELINES: dict[str, Any] = {
+    "base": TrainPipelineBase,
+    "sparse_dist": TrainPipelineSparseDist,
+    "prefetch": PrefetchTrainPipelineSparseDist,
+}
+
+
+def check_pipeline(kind: str, device: torch.device) -> None:
+    """UserError for a pipeline that the device has not: TorchRec's would fail in its first step."""
+    if kind == "prefetch" and device.type != "cuda":
+        raise UserError(
+            "run.pipeline is prefetch, which fetches rows from host memory into a GPU's cache; on CPU use sparse_dist or base"
+        )
 
 
 class EvalPipelineBase:
@@ -82,14 +100,15 @@ class Pipeline:
 
     def __init__(self, kind: str, built: Built, device: torch.device, anatomy: Anatomy) -> None:
         self.kind, self.built, self.device, self.anatomy = kind, built, device, anatomy
-        self._sparse: Any = self._make(TrainPipelineSparseDist) if kind == "sparse_dist" else None
+        # the base pipeline holds nothing from one segment to the next, and could not go on after its feed has ended
+        self._kept: Any = None if kind == "base" else self._make(PIPELINES[kind])
 
     def _make(self, kind: Any) -> Any:
         return kind(self.built.model, Marked(self.built, self.anatomy), self.device)
 
     def run(self, feed: Feed) -> Iterator[tuple[Batch, StepOutput]]:
         """(batch on the host, output) of every step until the feed ends."""
-        pipeline = self._sparse or self._make(TrainPipelineBase)
+        pipeline = self._kept or self._make(TrainPipelineBase)
         batches = iter(feed)
         while True:
             self.anatomy.mark(PIPELINE)
