@@ -140,7 +140,11 @@ def shard_tables(
         module,
         env=own,
         device=device,
-        plan=plan.torchrec(stochastic_rounding=config.precision.stochastic_rounding, first_rank=env.rank - own.rank),
+        plan=plan.torchrec(
+            stochastic_rounding=config.precision.stochastic_rounding,
+            first_rank=env.rank - own.rank,
+            prefetch=config.run.pipeline == "prefetch",
+        ),
         sharders=[TableSharder(None, config.precision.codecs(device.type))],  # type: ignore[list-item]
         init_data_parallel=False,
     )

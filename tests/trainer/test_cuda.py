@@ -161,6 +161,16 @@ def test_tables_in_host_memory_end_near_the_cpus_weights(kernel, kind, stream, t
     assert all(torch.allclose(a[k], b[k].cpu(), atol=1e-3) for k in a)
 
 
+def test_rows_fetched_ahead_into_a_cache_change_nothing(stream, tmp_path):
+    over = {"sharding__kernels": ["fused_uvm_caching"], "sharding__allowed": ["table_wise"]}
+    ahead = on_cuda(teacher(tmp_path / "ahead", stream, **over), tmp_path / "ahead", run__pipeline="prefetch")
+    plain = on_cuda(teacher(tmp_path / "plain", stream, **over), tmp_path / "plain", run__pipeline="sparse_dist")
+    run(ahead)
+    run(plain)
+    a, b = last_state(ahead), last_state(plain)
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in b)
+
+
 def test_a_planned_rank_of_many_is_within_a_tenth_of_its_estimate():
     asked = request(
         ("table_wise", "row_wise", "column_wise"),

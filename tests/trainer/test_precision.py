@@ -87,6 +87,12 @@ def test_the_plan_knows_that_less_is_sent(stream, tmp_path):
     assert "precision" not in read_plan(tmp_path / "t/plan.json").inputs
 
 
+def test_a_pipeline_that_needs_a_gpus_cache_is_refused_on_a_cpu(stream, tmp_path):
+    with pytest.raises(UserError, match=r"run.pipeline is prefetch, .* on CPU use sparse_dist or base"):
+        run(teacher(tmp_path / "t", stream, run__pipeline="prefetch"))
+    assert not (tmp_path / "t").exists()
+
+
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
