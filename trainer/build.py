@@ -78,6 +78,7 @@ def build(
         objective,
         tuple(f.name for f in config.features.sparse),
         mean_features(config.features, config.tables),
+        config.stream.once,
     )
     model, kernels, plan, mesh = shard_tables(module, config, env, device, plan)
     shards = [shard for kernel in kernels for shard in kernel.shards]
@@ -117,6 +118,7 @@ def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: P
         ScoreObjective(served),
         tuple(f.name for f in config.features.sparse),
         mean_features(config.features, config.tables),
+        config.stream.once,
     )
     model, kernels, plan, _ = shard_tables(module, config, env, device, plan)
     return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], describe(plan))
