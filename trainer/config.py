@@ -244,7 +244,7 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
 
 def check_ranks(config: JobConfig, world_size: int) -> None:
     """UserError for more ranks than a global batch has examples, and for ranks that the dense engine cannot divide."""
-    config.dense_engine.check(world_size)
+    config.dense_engine.check(world_size, config.model.kind)
     if world_size > config.stream.global_batch:
         raise UserError(
             f"{world_size} ranks share a global batch of {config.stream.global_batch} examples; use at most "

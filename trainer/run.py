@@ -39,6 +39,7 @@ def run_job(
     check_ranks(config, env.world_size)
     check_against_stream(config, open_stream(config.stream.path, config.stream.labels))
     chosen = pick_device(config.run.device, env)
+    config.dense_engine.check_machine(chosen.type)
     config.precision.check(chosen, config.dense_engine.kind)
     planned = plan_here(config, chosen.type, env.world_size, env.local_world_size, Path(config.run.folder))
     with joined(config.run, env, watch) as (device, doing), _commits_lock(config, env):

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from exfm.data.errors import UserError
 from exfm.launch.cli import app
-from exfm.trainer import engines
+from exfm.trainer import engines, zero
 from exfm.trainer.build import build_dense
 from exfm.trainer.config import check_ranks
 from exfm.trainer.engines import DenseEngineConfig, dense_bytes, gathered
@@ -21,11 +21,13 @@ from tests.trainer.jobs import (
     parsed,
     replaced,
     run,
+    student,
     teacher,
 )
 from tests.trainer.starts import built_here
 
-FSDP = {"kind": "fsdp"}
+DDP, FSDP = {"kind": "ddp"}, {"kind": "fsdp"}
+ZERO_1, ZERO_2, ZERO_3 = ({"kind": "deepspeed", "stage": stage} for stage in (1, 2, 3))
 WIDE = {"model": {"kind": "dcnv2", "cross_layers": 2, "rank": 3, "deep_mlp": [64, 32]}}
 
 
@@ -36,9 +38,14 @@ def stream(tmp_path_factory) -> str:
 
 
 def cut(raw: Raw) -> tuple[int, Recorder]:
-    """`run` where every layer of these small models is a unit."""
-    engines.UNIT_PARAMETERS = 200
+    """`run` where every layer of these small models is a unit, gradients leave in several buckets, and ZeRO-3 keeps biases only."""
+    small()
     return run(raw)
+
+
+def small() -> None:
+    engines.UNIT_PARAMETERS = 200
+    zero.BUCKET, zero.PERSISTENT = 700, 50
 
 
 def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -50,8 +57,14 @@ def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "engine"),
-    [(2, FSDP), (3, FSDP), (4, {"kind": "fsdp", "shard": 2})],
-    ids=["2 ranks", "3 ranks", "2 copies of 2 shards"],
+    [
+        *((ranks, engine) for ranks in (2, 3) for engine in (FSDP, ZERO_1, ZERO_2, ZERO_3)),
+        (4, {"kind": "fsdp", "shard": 2}),
+    ],
+    ids=[
+        *(f"{name}, {ranks} ranks" for ranks in (2, 3) for name in ("fsdp", "zero 1", "zero 2", "zero 3")),
+        "2 copies of 2 shards",
+    ],
 )
 def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, stream, tmp_path, on_ranks):
     plain = teacher(tmp_path / "ddp", stream, **WIDE)
@@ -61,8 +74,35 @@ def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, stream, tmp_path, on_
     near(last_state(plain), last_state(sharded))
 
 
+@pytest.mark.parametrize("engine", [ZERO_1, ZERO_2, ZERO_3], ids=["zero 1", "zero 2", "zero 3"])
+def test_a_student_with_heads_and_adapter_learns_as_under_ddp(engine, stream, tmp_path, on_ranks):
+    """Heads, adapter, AdamW, clipping and warm-up beside ZeRO, over a restart."""
+    taught = teacher(tmp_path / "teacher", stream, **WIDE)
+    on_ranks(2, cut, taught)
+    log = tmp_path / "teacher/supervision/fm"
+    plain = student(tmp_path / "ddp", stream, log, "student_adapter", **WIDE)
+    plain = replaced(
+        plain,
+        optim__dense={
+            "kind": "adamw",
+            "lr": 0.01,
+            "eps": 1e-6,
+            "weight_decay": 0.1,
+            "clip_norm": 0.3,
+            "warmup_steps": 5,
+        },
+    )
+    sharded = replaced(plain, run__folder=str(tmp_path / "cut"), dense_engine=engine)
+    losses = [global_losses(on_ranks(2, cut, plain))]
+    losses += [
+        global_losses(on_ranks(2, cut, replaced(sharded, stream__last=1))) + global_losses(on_ranks(2, cut, sharded))
+    ]
+    assert len(losses[0]) == 50 and losses[1] == pytest.approx(losses[0], rel=2e-5)
+    near(last_state(plain), last_state(sharded))
+
+
 def shapes(raw: Raw) -> list[tuple[int, ...]]:
-    engines.UNIT_PARAMETERS = 200
+    small()
     built = built_here(raw)
     return [tuple(p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in built.served.parameters()]
 
@@ -80,7 +120,15 @@ def shapes_of(raw: Raw) -> list[tuple[int, ...]]:
     return [tuple(p.shape) for p in served.parameters()]
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, FSDP), (3, {"kind": "ddp"})), ((3, {"kind": "ddp"}), (2, FSDP)), ((2, FSDP), (3, FSDP))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, FSDP), (3, DDP)), ((3, DDP), (2, FSDP)), ((2, FSDP), (3, FSDP)),
+        ((2, ZERO_1), (3, DDP)), ((3, ZERO_2), (2, FSDP)), ((3, ZERO_3), (2, DDP)),
+        ((3, DDP), (2, ZERO_2)), ((2, FSDP), (3, ZERO_3)), ((3, DDP), (2, ZERO_1)),
+        ((2, ZERO_3), (3, ZERO_3)), ((2, ZERO_1), (3, ZERO_2)),
+    ],
+)  # fmt: skip
 def test_a_job_continues_under_another_engine(before, after, stream, tmp_path, on_ranks):
     """As one that ran under ddp all along, within rounding."""
     whole = job(tmp_path / "whole", stream, **WIDE)
@@ -92,8 +140,9 @@ def test_a_job_continues_under_another_engine(before, after, stream, tmp_path, o
     near(last_state(whole), last_state(then))
 
 
-def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(stream, tmp_path, on_ranks):
-    whole = job(tmp_path / "whole", stream, dense_engine=FSDP, checkpoint__every_slices=1, **WIDE)
+@pytest.mark.parametrize("engine", [FSDP, ZERO_1, ZERO_2, ZERO_3], ids=["fsdp", "zero 1", "zero 2", "zero 3"])
+def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(engine, stream, tmp_path, on_ranks):
+    whole = job(tmp_path / "whole", stream, dense_engine=engine, checkpoint__every_slices=1, **WIDE)
     on_ranks(2, cut, whole)
     half = replaced(whole, run__folder=str(tmp_path / "half"), stream__last=2)
     on_ranks(2, cut, half)
@@ -147,7 +196,7 @@ MODELS = {
 
 def difference(raws: list[Raw]) -> list[str]:
     """Names of the dense parameters that start otherwise in pieces than whole."""
-    engines.UNIT_PARAMETERS = 200
+    small()
     names = []
     for raw in raws:
         config = parsed(raw)

@@ -19,6 +19,11 @@ def stream(tmp_path_factory) -> str:
     return make_stream(tmp_path_factory.mktemp("precision") / "stream").root
 
 
+ENGINES = {
+    "ddp": {"kind": "ddp"},
+    "fsdp": {"kind": "fsdp"},
+    **{f"zero {stage}": {"kind": "deepspeed", "stage": stage} for stage in (1, 2, 3)},
+}
 SENT = {"embeddings_forward": "fp16", "embeddings_backward": "fp16"}
 
 
@@ -26,17 +31,17 @@ SENT = {"embeddings_forward": "fp16", "embeddings_backward": "fp16"}
 @pytest.mark.parametrize(
     ("engine", "precision", "kind"),
     [
-        *((engine, {"dense": "bf16"}, "table_wise") for engine in ("ddp", "fsdp")),
-        ("fsdp", {"gradients": "bf16"}, "table_wise"),
+        *((engine, {"dense": "bf16"}, "table_wise") for engine in ENGINES),
+        *((engine, {"gradients": "bf16"}, "table_wise") for engine in ENGINES if engine != "ddp"),
         *(("ddp", SENT, kind) for kind in ("table_wise", "row_wise", "column_wise")),
         ("ddp", SENT | {"dense": "bf16"}, "row_wise"),
-        ("fsdp", SENT | {"dense": "bf16", "gradients": "bf16"}, "row_wise"),
+        *((engine, SENT | {"dense": "bf16", "gradients": "bf16"}, "row_wise") for engine in ENGINES if engine != "ddp"),
     ],
 )
 def test_twenty_steps_are_near_those_in_32_bits_and_not_the_same(
     engine, precision, kind, pipeline, stream, tmp_path, on_ranks
 ):
-    same = {"sharding__allowed": [kind], "dense_engine": {"kind": engine}, "run__pipeline": pipeline}
+    same = {"sharding__allowed": [kind], "dense_engine": ENGINES[engine], "run__pipeline": pipeline}
     plain = teacher(tmp_path / "fp32", stream, **same)
     low = replaced(plain, run__folder=str(tmp_path / "low"), precision=precision)
     expected, found = (global_losses(on(on_ranks, 2, raw)) for raw in (plain, low))
