@@ -61,13 +61,8 @@ class DenseEngineConfig(BaseModel):
             raise UserError("dense_engine.kind is deepspeed without a stage; use 1, 2 or 3 (ZeRO 0 is kind: ddp)")
         if self.stage == 3 and self.compile:
             raise UserError(
-                "dense_engine.compile does not go with deepspeed's stage 3, whose gathering of weights cannot be compiled; use stage 2, "
-                "or kind: fsdp"
-            )
-        if self.stage == 3 and self.activation_checkpointing:
-            raise UserError(
-                "dense_engine.activation_checkpointing does not go with deepspeed's stage 3, under which torch finds a weight let go where "
-                "it was whole before; use stage 2, or kind: fsdp"
+                "dense_engine.compile does not go with deepspeed's stage 3, whose gathering of weights breaks the graph at every module; use "
+                "stage 2, or kind: fsdp"
             )
         if self.activation_checkpointing and not BACKBONES[model].can_recompute:
             able = ", ".join(kind for kind, backbone in BACKBONES.items() if backbone.can_recompute)

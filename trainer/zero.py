@@ -68,6 +68,9 @@ class Zero:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=Computing(served, precision), optimizer=dense_optimizer(optim, parameters), config=settings
         )
+        if self.stage == 3:  # it counts modules over the life of a process, and ranks compare them
+            for number, module in enumerate(self.engine.module.modules()):
+                module.ds_id = number
         flat = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         self.flat: list[Tensor] = getattr(self.optimizer, flat)
         for part in self.flat:

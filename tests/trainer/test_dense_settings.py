@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from exfm.data.errors import UserError
-from exfm.trainer import engines
+from exfm.trainer import engines, zero
 from exfm.trainer.build import build_dense
 from exfm.trainer.config import check_ranks
 from exfm.trainer.dense_memory import dense_memory
@@ -18,7 +18,9 @@ ENGINES = {
     "fsdp": {"kind": "fsdp"},
     **{f"zero {stage}": {"kind": "deepspeed", "stage": stage} for stage in (1, 2, 3)},
 }
-COMPILES_S = 600.0
+SMALL = {**WUKONG, "layers": 1}
+COMPILES_S = 600.0  # where other tests share the cores
+compiles = pytest.mark.timeout(4 * COMPILES_S)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,10 @@ def stream(tmp_path_factory) -> str:
     return make_stream(tmp_path_factory.mktemp("settings") / "stream", (129, 144, 100, 190)).root
 
 
-def fsdp_units(raw: Raw) -> tuple[int, Recorder]:
+def small(raw: Raw) -> tuple[int, Recorder]:
+    """`run` where every layer of these small models is a unit, gradients leave in several buckets, and ZeRO-3 keeps biases only."""
     engines.UNIT_PARAMETERS = 200
+    zero.BUCKET, zero.PERSISTENT = 700, 50
     return run(raw)
 
 
@@ -38,15 +42,16 @@ def graphs(raw: Raw) -> tuple[int, Recorder, int]:
 
     torch._dynamo.reset()
     counters.clear()
-    return *fsdp_units(raw), counters["stats"]["unique_graphs"]
+    return *small(raw), counters["stats"]["unique_graphs"]
 
 
+@compiles
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero 2"])
 def test_compiled_it_has_the_losses_of_eager_and_restarts_bit_for_bit(engine, stream, tmp_path, on_ranks):
-    eager = job(tmp_path / "eager", stream, model=WUKONG, dense_engine=ENGINES[engine], checkpoint__every_slices=1)
+    eager = job(tmp_path / "eager", stream, model=SMALL, dense_engine=ENGINES[engine], checkpoint__every_slices=1)
     whole = replaced(eager, run__folder=str(tmp_path / "whole"), dense_engine__compile=True)
     half = replaced(whole, run__folder=str(tmp_path / "half"), stream__last=2)
-    expected = global_losses(on_ranks(2, fsdp_units, eager))
+    expected = global_losses(on_ranks(2, small, eager))
     found = on_ranks(2, graphs, whole, timeout_s=COMPILES_S)
     assert global_losses([r[:2] for r in found]) == pytest.approx(expected, rel=2e-5)
     # one for any number of examples, and one for 1, which torch always treats as a constant
@@ -56,12 +61,20 @@ def test_compiled_it_has_the_losses_of_eager_and_restarts_bit_for_bit(engine, st
     assert same(last_state(whole), last_state(half)) == []
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero 1", "zero 2"])
+@compiles
+@pytest.mark.parametrize(
+    ("engine", "compile"),
+    [*((engine, False) for engine in ENGINES), ("ddp", True)],
+)
 def test_layers_that_are_computed_again_give_the_same_losses(engine, compile, stream, tmp_path, on_ranks):
-    plain = job(tmp_path / "plain", stream, model=WUKONG, dense_engine={**ENGINES[engine], "compile": compile})
+    plain = job(
+        tmp_path / "plain",
+        stream,
+        model=SMALL if compile else WUKONG,
+        dense_engine={**ENGINES[engine], "compile": compile},
+    )
     again = replaced(plain, run__folder=str(tmp_path / "again"), dense_engine__activation_checkpointing=True)
-    kept, recomputed = (on_ranks(2, fsdp_units, raw, timeout_s=COMPILES_S) for raw in (plain, again))
+    kept, recomputed = (on_ranks(2, small, raw, timeout_s=COMPILES_S) for raw in (plain, again))
     assert global_losses(recomputed) == pytest.approx(global_losses(kept), rel=2e-5 if compile else 0, abs=0)
 
 
@@ -87,18 +100,18 @@ def saved_bytes(raw: Raw) -> tuple[int, list[torch.Tensor]]:
 
 
 def test_less_is_kept_for_backward_and_gradients_are_bitwise_the_same(tmp_path):
-    raw = job(tmp_path, "s", model={**WUKONG, "layers": 8})
+    raw = job(tmp_path, "s", model={**WUKONG, "layers": 8, "fmb_mlp": [256, 256]})
     kept, gradients = saved_bytes(raw)
     again, recomputed = saved_bytes(replaced(raw, dense_engine={"activation_checkpointing": True}))
-    assert again < kept / 3
+    assert again < kept / 4
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
 
 
 def test_the_planner_counts_what_is_not_kept(tmp_path):
-    raw = job(tmp_path, "s", model={**WUKONG, "layers": 8})
+    raw = job(tmp_path, "s", model={**WUKONG, "layers": 8, "fmb_mlp": [256, 256]})
     kept = dense_memory(parsed(raw), 512, 8)
     again = dense_memory(parsed(replaced(raw, dense_engine={"activation_checkpointing": True})), 512, 8)
-    assert again.saved < kept.saved / 3 and again.backward < kept.backward / 1.5 and again.weights == kept.weights
+    assert again.saved < kept.saved / 4 and again.backward < kept.backward / 2 and again.weights == kept.weights
 
 
 @pytest.mark.parametrize(
@@ -107,7 +120,6 @@ def test_the_planner_counts_what_is_not_kept(tmp_path):
         ({"kind": "deepspeed"}, r"kind is deepspeed without a stage; use 1, 2 or 3 \(ZeRO 0 is kind: ddp\)"),
         ({"kind": "fsdp", "stage": 2}, "stage is 2 but kind is fsdp; stage goes with kind: deepspeed"),
         ({"kind": "deepspeed", "stage": 3, "compile": True}, r"compile does not go with deepspeed's stage 3.* use stage 2"),
-        ({"kind": "deepspeed", "stage": 3, "activation_checkpointing": True}, r"activation_checkpointing does not go .* use stage 2"),
         ({"kind": "deepspeed", "stage": 2, "shard": 2}, "shard goes with kind: fsdp"),
     ],
 )  # fmt: skip
