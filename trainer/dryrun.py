@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from exfm.trainer.optim import Optimizers
 from exfm.trainer.peak import USUAL, available_bytes, give_back, peak_bytes, reset_peak
 from exfm.trainer.request import Request
 from exfm.trainer.steps import PIPELINES
-from exfm.trainer.zero import Zero
+from exfm.trainer.zero import Zero, deepspeed_here
 
 GIB = 2**30
 INITIAL = 0.01  # of every row: only that its pages are written matters
@@ -116,6 +117,11 @@ def run_here(request: Request) -> DryRun:
     """The dry run in this process, which must not have a process group."""
     torch.set_num_threads(request.config.run.threads_per_rank)
     with loopback_group(request.rank, request.world_size, request.ranks_per_node):
+        if request.config.dense_engine.kind == "deepspeed":
+            # what modules take is no rank's share
+            deepspeed_here(request.device, RankEnv())
+            import_module("deepspeed.runtime.engine")
+            import_module("torch._dynamo")
         give_back()
         baseline = reset_peak(request.device)
         model, optimizers, shards = build_rank(request)

@@ -135,14 +135,23 @@ def zero_held(stage: int, module: nn.Module, world_size: int) -> tuple[int, int,
 def zero_passing(stage: int, module: nn.Module, world_size: int) -> tuple[int, int, int]:
     """Values more that it has at most in forward, in backward and in the update."""
     sizes = [p.numel() for p in module.parameters()]
-    parameters, largest = sum(sizes), max(sizes)
-    own, sent = -(-parameters // world_size), max(largest, min(BUCKET, parameters))
+    parameters, largest, own = sum(sizes), max(sizes), -(-sum(sizes) // world_size)
     if stage == 1:  # all gradients, of which one bucket after the other is copied and sent
-        return 0, parameters + sent, 3 * own
-    if stage == 2:  # a bucket, the copy that is sent, the next gradient, and those of the rank's own
-        return 0, 2 * sent + max(own, largest), 3 * own
-    gathered = min(sent + largest, parameters)
-    return gathered + 2 * largest, gathered + sent + largest, 2 * own
+        return 0, parameters + _fullest(sizes), 3 * own
+    if stage == 2:  # a bucket, the copy that is sent, and the next gradient or those of the rank's own
+        return 0, 2 * _fullest(sizes) + max(own, largest), 3 * own
+    bucket = max(largest, min(BUCKET, parameters))
+    gathered = min(bucket + largest, parameters)
+    return gathered + 2 * largest, gathered + bucket + largest, 2 * own
+
+
+def _fullest(sizes: list[int]) -> int:
+    """Of the buckets that gradients fill from the last one on; one that is larger than a bucket goes alone."""
+    fullest = fill = 0
+    for size in reversed(sizes):
+        fill = size if fill + size > BUCKET else fill + size
+        fullest = max(fullest, fill)
+    return fullest
 
 
 def dense_bytes(engine: DenseEngineConfig, module: nn.Module, world_size: int) -> int:

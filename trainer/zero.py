@@ -62,15 +62,14 @@ class Zero:
         self.not_finite = False  # whether DeepSpeed left out an update because its gradients were not finite
         parameters = list(served.parameters())
         settings = _settings(config.stage, optim.clip_norm, precision.gradients, sum(p.numel() for p in parameters))
-        deepspeed = _deepspeed(device, env)
+        deepspeed = deepspeed_here(device, env)
         if self.stage == 3:
             _save_weights_themselves(served)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=Computing(served, precision), optimizer=dense_optimizer(optim, parameters), config=settings
         )
-        if self.stage == 3:  # it counts modules over the life of a process, and ranks compare them
-            for number, module in enumerate(self.engine.module.modules()):
-                module.ds_id = number
+        for number, module in enumerate(self.engine.module.modules()):
+            module.ds_id = number  # DeepSpeed's count goes on over the life of a process, and ranks compare it
         flat = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         self.flat: list[Tensor] = getattr(self.optimizer, flat)
         for part in self.flat:
@@ -129,18 +128,21 @@ class Zero:
         self.engine.destroy()
 
 
-def _deepspeed(device: torch.device, env: RankEnv) -> Any:
+def deepspeed_here(device: torch.device, env: RankEnv) -> Any:
     """The library, ready for the process group that exists now."""
     deepspeed_env(device, env.local_rank, str(Path(tempfile.gettempdir(), f"exfm-extensions-{env.local_rank}")))
     import logging
 
     import deepspeed
     from deepspeed import comm
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups, logger
 
     logger.setLevel(logging.ERROR)
     # an op that it would compile for minutes, to share memory between the ranks of a node
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ranks compare it, and some may have been through more
+    Init.param_id = 0
     # it keeps groups, which may be of a process group that is gone
     groups._release_process_group_references()
     comm.comm.cdb = None

@@ -1,5 +1,7 @@
 """Dense engines: the same losses and weights as ddp, checkpoints that any engine continues, memory that is cut."""
 
+import math
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -113,6 +115,28 @@ def test_every_rank_holds_a_part_of_every_large_weight(stream, tmp_path, on_rank
     parts = on_ranks(3, shapes, raw)
     for i, shape in enumerate(whole):
         assert sum(part[i][0] for part in parts) == shape[0] and all(part[i][1:] == shape[1:] for part in parts)
+
+
+def held(raw: Raw) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """(name, shape, values of Adam's moments, values of the weight) that this rank has of every parameter."""
+    small()
+    zero = built_here(raw).zero
+    assert zero is not None
+    return [
+        (p.name, p.shape, len(p.exp_avg[0]), len(p.weight[0]) if p.weight else math.prod(p.shape)) for p in zero.parts()
+    ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_under_zero_the_ranks_share_adams_state_and_in_stage_3_the_weights(stage, stream, tmp_path, on_ranks):
+    raw = job(tmp_path / "run", stream, dense_engine={"kind": "deepspeed", "stage": stage}, **WIDE)
+    parts = on_ranks(3, held, raw)
+    for same in zip(*parts, strict=True):
+        size = math.prod(same[0][1])
+        assert sum(part[2] for part in same) == size
+        assert sum(part[3] for part in same) == (size if stage == 3 else 3 * size)
+    state = [sum(part[2] for part in rank) for rank in parts]
+    assert max(state) < 0.4 * sum(state)
 
 
 def shapes_of(raw: Raw) -> list[tuple[int, ...]]:
