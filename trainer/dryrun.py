@@ -121,7 +121,7 @@ def run_here(request: Request) -> DryRun:
             # what modules take is no rank's share
             deepspeed_here(request.device, RankEnv())
             import_module("deepspeed.runtime.engine")
-            import_module("torch._dynamo")
+            import_module("torch._inductor.compile_fx")
         give_back()
         baseline = reset_peak(request.device)
         model, optimizers, shards = build_rank(request)
