@@ -3,13 +3,14 @@
     tables.<name>.weight [rows, width]     tables.<name>.adagrad_sum [rows, segments] f32
     dense.<part>.<parameter>               adam.<part>.<parameter>.{step, exp_avg, exp_avg_sq}
 
-Sharded tables are DTensors over this rank's shards, dense tensors under fsdp DTensors cut by their first dimension; whole
-(data-parallel) ones are plain, written once by DCP.
+Sharded tables are DTensors over this rank's shards, dense tensors under fsdp DTensors cut by their first dimension, under ZeRO
+cut anywhere; whole (data-parallel) ones are plain, written once by DCP.
 segments is 1 except under column-wise sharding, where row-wise Adagrad keeps one accumulator per column shard.
 Arrays of one rank (metrics, random states) are rank.<number>.<name>.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 
 from exfm.sharding.shards import Shard
 
-Piece = tuple[Tensor, tuple[int, int]]
+Piece = tuple[Tensor, tuple[int, ...]]
+Run = tuple[Tensor, int]  # consecutive values [n] of a tensor, live, and the place of the first in it
 
 
 def table_state(
@@ -74,7 +76,21 @@ def boxes(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
     shards = local.local_shards()
     # a rank without pieces has none, though torch keeps an offset (0,) for it
     offsets = local.local_offsets()[: len(shards)]
-    return [(tuple(o), t) for o, t in zip(offsets, shards, strict=True)]
+    return [(tuple(o), t) for o, t in zip(offsets, shards, strict=True) if t.numel()]
+
+
+def pieces_of(run: Run, shape: Sequence[int]) -> list[Piece]:
+    """Views of a run of a tensor with one or two dimensions as boxes: the end of a row, whole rows, the beginning of one."""
+    values, start = run
+    if not len(values):
+        return []
+    if len(shape) == 1:
+        return [(values, (start,))]
+    width, end = shape[1], start + len(values)
+    cuts = sorted({start, end, *(at for at in (-(-start // width) * width, end // width * width) if start < at < end)})
+    return [
+        (values[a - start : b - start].view(-1, min(width, b - a)), (a // width, a % width)) for a, b in pairwise(cuts)
+    ]
 
 
 def like(tensor: Tensor, rows: int, columns: int | None = None) -> Tensor:
@@ -92,12 +108,13 @@ def like(tensor: Tensor, rows: int, columns: int | None = None) -> Tensor:
     return distributed([(t, (o[0], o[1])) for o, t in pieces.items()], shape, tensor.device_mesh)
 
 
-def distributed(pieces: Sequence[Piece], shape: tuple[int, int], mesh: DeviceMesh) -> Tensor:
-    """A DTensor of a global shape whose local part is any set of 2-D pieces at (row, column) offsets."""
+def distributed(pieces: Sequence[Piece], shape: tuple[int, ...], mesh: DeviceMesh) -> Tensor:
+    """A DTensor of a global shape whose local part is any set of pieces at (row, column) offsets, or of one dimension at (place,)."""
+    if not pieces and len(shape) == 1:  # without one the wrapper says that it has two dimensions
+        pieces = [(torch.empty(0), (shape[0],))]  # where no other piece begins
     wrapper = LocalShardsWrapper([tensor for tensor, _ in pieces], [offset for _, offset in pieces])
-    return DTensor.from_local(
-        wrapper, mesh, [RowShard(0)], run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
-    )
+    stride = (*shape[1:], 1)
+    return DTensor.from_local(wrapper, mesh, [RowShard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def dense_state(modules: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exfm.checkpoints.commits import committed
 from exfm.checkpoints.storage import Storage
 from exfm.checkpoints.warm import warm_source
@@ -68,6 +70,7 @@ class LocalJob:
             check_scorer(job, self.nproc, self.follow)
             return
         check_ranks(job, self.nproc)
+        job.dense_engine.check_machine("cuda" if job.run.device != "cpu" and torch.cuda.is_available() else "cpu")
         stream = open_stream(job.stream.path, job.stream.labels)
         check_against_stream(job, stream)
         Storage(job.checkpoint_folder, job.checkpoint.retries).check()

@@ -10,7 +10,7 @@ from exfm.models.interface import Backbone, InputSpec
 from exfm.models.wukong import Wukong
 
 # Keyed by the configs' `kind`, which also says the type of the config that the function takes.
-BACKBONES: dict[str, Callable[[Any, InputSpec], Backbone]] = {"wukong": Wukong, "dlrm": Dlrm, "dcnv2": DcnV2}
+BACKBONES: dict[str, type[Backbone]] = {"wukong": Wukong, "dlrm": Dlrm, "dcnv2": DcnV2}
 
 
 def build_backbone(config: WukongConfig | DlrmConfig | DcnV2Config, inputs: InputSpec) -> Backbone:
@@ -19,4 +19,5 @@ def build_backbone(config: WukongConfig | DlrmConfig | DcnV2Config, inputs: Inpu
     Under `torch.device("meta")` nothing is allocated: `size()` still answers, and after `to_empty` every module with
     parameters has a `reset_parameters`.
     """
-    return BACKBONES[config.kind](config, inputs)
+    make: Callable[[Any, InputSpec], Backbone] = BACKBONES[config.kind]
+    return make(config, inputs)

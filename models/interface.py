@@ -1,6 +1,7 @@
 """What the rest of exfm knows of a model: its inputs, its output width and its size."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -61,9 +62,12 @@ class Backbone(nn.Module):
 
     forward(dense [b, D] float32, pooled [b, pooled_width] float32) -> [b, out_width].
     Pure torch: knows no ranks and no feature ids. NaN in `dense` (missing) has been replaced by 0 before.
+    recompute: keep only the inputs of its layers for backward, and compute the layers again there; for models that can.
     """
 
     out_width: int
+    can_recompute: ClassVar[bool] = False
+    recompute = False
 
     def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
         raise NotImplementedError

@@ -4,6 +4,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from exfm.models.config import AttentionConfig, WukongConfig
 from exfm.models.embedding_layer import EmbeddingLayer
@@ -150,6 +151,8 @@ class Wukong(Backbone):
     Raises UserError where the features' widths do not fit the config (see EmbeddingLayer).
     """
 
+    can_recompute = True
+
     def __init__(self, config: WukongConfig, inputs: InputSpec) -> None:
         super().__init__()
         dense_mlp = None
@@ -167,7 +170,12 @@ class Wukong(Backbone):
     def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
         x_bnd = self.embedding(dense, pooled)
         for layer in self.layers:
-            x_bnd = layer(x_bnd)
+            # nothing in a layer is random
+            x_bnd = (
+                checkpoint(layer, x_bnd, use_reentrant=False, preserve_rng_state=False)
+                if self.recompute
+                else layer(x_bnd)
+            )
         return self.final_mlp(x_bnd.flatten(1))
 
     def size(self) -> ModelSize:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -24,13 +25,14 @@ from exfm.sharding.plan import Plan
 from exfm.sharding.planner import TableSharder, describe
 from exfm.sharding.shards import Kernel, Shard, check_shards, local_kernels
 from exfm.trainer.config import JobConfig
-from exfm.trainer.engines import ddp, made_in_pieces
+from exfm.trainer.engines import DenseEngineConfig, compiled, ddp, made_in_pieces
 from exfm.trainer.env import RankEnv
 from exfm.trainer.objective import Adapter, Objective, ScoreObjective, Served, TrainModule
 from exfm.trainer.optim import Optimizers
 from exfm.trainer.planning import plan_here
 from exfm.trainer.precision import PrecisionConfig
 from exfm.trainer.replicas import Replicas, groups_mesh, sharding_env
+from exfm.trainer.zero import Zero
 
 T = TypeVar("T")
 REHEARSALS = (
@@ -52,6 +54,7 @@ class Built:
     plan: list[dict[str, Any]]  # row by row, as checkpoints keep it
     planned: Plan
     replicas: Replicas
+    zero: Zero | None = None  # what keeps the served model under DeepSpeed
 
     @property
     def shards(self) -> list[Shard]:
@@ -62,6 +65,22 @@ class Built:
         """Name -> module of every dense part, in canonical naming."""
         named = {"served": self.served, "heads": self.heads, "adapter": self.adapter}
         return {name: module for name, module in named.items() if module is not None}
+
+    def dense_weights(self) -> list[torch.Tensor]:
+        """Of the dense parts, as far as this rank has them."""
+        zero = self.zero
+        modules = [m for name, m in self.dense_modules.items() if zero is None or name != "served"]
+        own = [p.to_local() if isinstance(p, DTensor) else p for m in modules for p in m.parameters()]
+        return own + (zero.weights() if zero is not None else [])
+
+    def restored(self) -> None:
+        """After the live state was overwritten. All ranks call."""
+        if self.zero is not None:
+            self.zero.refresh()
+
+    def close(self) -> None:
+        if self.zero is not None:
+            self.zero.close()
 
 
 def build(
@@ -84,17 +103,23 @@ def build(
     shards = [shard for kernel in kernels for shard in kernel.shards]
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
-    # ddp comes after the tables are sharded: it must not see their parameters
+    if config.dense_engine.compile:
+        compiled(served)
+    # engines come after the tables are sharded: they must not see their parameters
+    zero = None
+    groups: list[nn.Module] = [served]
     if config.dense_engine.kind == "ddp":
         objective.served = ddp(served, device)
         config.precision.compress(objective.served)
-    groups: list[nn.Module] = [served]
+    elif config.dense_engine.kind == "deepspeed":
+        zero = Zero(config.dense_engine, config.optim.dense, config.precision, served, env, device)
+        objective.served, groups = zero.engine, []
     if heads is not None:
         objective.heads = ddp(heads, device) if env.world_size > 1 else heads
         groups.append(heads)
-    optimizers = Optimizers(config.optim, groups, shards)
+    optimizers = Optimizers(config.optim, groups, shards, zero)
     replicas = Replicas(config.sharding, mesh, shards)
-    return Built(model, objective, served, heads, adapter, optimizers, kernels, describe(plan), plan, replicas)
+    return Built(model, objective, served, heads, adapter, optimizers, kernels, describe(plan), plan, replicas, zero)
 
 
 @dataclass
@@ -110,7 +135,9 @@ class Scoring:
 def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: Plan | None = None) -> Scoring:
     """Build and shard what scores: tables once, and the served model without heads, adapter or dense engine, in fp32 whatever it was trained in."""
     sharding = config.sharding.model_copy(update={"replicas": 1})
-    config = config.model_copy(update={"precision": PrecisionConfig(), "sharding": sharding})
+    config = config.model_copy(
+        update={"precision": PrecisionConfig(), "dense_engine": DenseEngineConfig(), "sharding": sharding}
+    )
     served, _, _ = build_dense(config, device)
     module = TrainModule(
         build_collection(config.features, config.tables, weighted=False),
@@ -185,6 +212,7 @@ def build_dense(
 
     def make_served() -> Served:
         backbone = build_backbone(config.model, inputs)
+        backbone.recompute = config.dense_engine.activation_checkpointing
         return Served(backbone, Head(backbone.out_width, config.heads.hidden, num_tasks))
 
     gradients = torch.bfloat16 if config.precision.gradients == "bf16" else torch.float32

@@ -162,7 +162,9 @@ class Commits:
                 job.begin_from(origin_of(links[-1]))
                 hashed = {f.table for f in job.config.features.sparse if f.ids == "hash"}
                 job.log.say(warm_start(warm, links, self.state, hashed))
+                job.built.restored()
             return False
+        job.built.restored()
         p = job.progress
         job.log.say(f"resumed from {found.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
         if (due := found.manifest.get("snapshot")) is not None:

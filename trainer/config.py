@@ -256,7 +256,7 @@ def check_against_stream(config: JobConfig, stream: Stream) -> None:
 
 def check_ranks(config: JobConfig, world_size: int) -> None:
     """UserError for more ranks than a global batch has examples, and for what so many ranks cannot be divided into."""
-    config.dense_engine.check(world_size)
+    config.dense_engine.check(world_size, config.model.kind)
     check_replicas(config)
     if world_size > config.stream.global_batch:
         raise UserError(

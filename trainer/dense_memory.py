@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from exfm.sharding.memory import DenseMemory
 from exfm.trainer.build import build_dense
 from exfm.trainer.config import JobConfig
-from exfm.trainer.engines import gathered
+from exfm.trainer.engines import gathered, zero_held, zero_passing
 
 META = torch.device("meta")
 FLOAT = 4
@@ -92,7 +92,16 @@ def dense_memory(config: JobConfig, local_batch: int, world_size: int) -> DenseM
     if config.dense_engine.kind == "ddp":
         weights = FLOAT * sum(p.numel() for p in modules.parameters())
         return DenseMemory(weights, weights, 2 * weights, saved, forward, backward, sizes[0])
-    shards = config.dense_engine.shards(world_size)
+    engine = config.dense_engine
+    if engine.kind == "deepspeed":
+        held = zero_held(engine.stage, served, world_size)
+        of_heads = 0 if heads is None else sum(p.numel() for p in heads.parameters())
+        weights, gradients, optimiser = (FLOAT * (n + k * of_heads) for n, k in zip(held, (1, 1, 2), strict=True))
+        in_forward, in_backward, in_update = (FLOAT * n for n in zero_passing(engine.stage, served, world_size))
+        largest = FLOAT * max(p.numel() for p in served.parameters())  # its gradient is counted with what is sent
+        backward = max(max(backward - largest, saved) + in_backward, in_update)
+        return DenseMemory(weights, gradients, optimiser, saved, forward + in_forward, backward, sizes[0])
+    shards = engine.shards(world_size)
     # cut by the first dimension, so that a bias of 7 over 8 ranks is 1 on each
     own = sum(-(-p.shape[0] // shards) * p[0].numel() for p in served.parameters())
     weights = FLOAT * (own + sum(p.numel() for p in (heads.parameters() if heads is not None else ())))

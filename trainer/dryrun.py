@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ from exfm.sharding.planner import TableSharder
 from exfm.sharding.shards import Shard, local_kernels
 from exfm.trainer.build import build_dense
 from exfm.trainer.dense_memory import dense_memory
-from exfm.trainer.engines import ddp
+from exfm.trainer.engines import compiled, ddp
+from exfm.trainer.env import RankEnv
 from exfm.trainer.made import made_batch
 from exfm.trainer.objective import Objective, StepOutput, TrainModule
 from exfm.trainer.optim import Optimizers
 from exfm.trainer.peak import USUAL, available_bytes, give_back, peak_bytes, reset_peak
 from exfm.trainer.request import Request
 from exfm.trainer.steps import PIPELINES
+from exfm.trainer.zero import Zero, deepspeed_here
 
 GIB = 2**30
 INITIAL = 0.01  # of every row: only that its pages are written matters
@@ -77,6 +80,11 @@ def dry_run(request: Request) -> DryRun:
     UserError, before anything is allocated, where the machine has less memory available than estimated; RuntimeError where the
     process fails.
     """
+    if request.config.dense_engine.stage == 3 and request.rank:
+        raise UserError(
+            f"rank {request.rank} has no dry run under deepspeed's stage 3: its ranks compare notes with rank 0, which is not there; "
+            "dry-run rank 0, whose dense part is as large"
+        )
     check_memory(estimate(request).total + OBJECTS, available_bytes(request.device))
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "request.json"), Path(folder, "answer.json")
@@ -109,6 +117,11 @@ def run_here(request: Request) -> DryRun:
     """The dry run in this process, which must not have a process group."""
     torch.set_num_threads(request.config.run.threads_per_rank)
     with loopback_group(request.rank, request.world_size, request.ranks_per_node):
+        if request.config.dense_engine.kind == "deepspeed":
+            # what modules take is no rank's share
+            deepspeed_here(request.device, RankEnv())
+            import_module("deepspeed.runtime.engine")
+            import_module("torch._inductor.compile_fx")
         give_back()
         baseline = reset_peak(request.device)
         model, optimizers, shards = build_rank(request)
@@ -161,13 +174,19 @@ def build_rank(request: Request) -> tuple[Any, Optimizers, list[Shard]]:
         shard.weight.fill_(INITIAL)
         if shard.accumulator is not None:
             shard.accumulator.fill_(0.0)
+    if config.dense_engine.compile:
+        compiled(served)
+    zero = None
+    groups: list[nn.Module] = [served]
     if config.dense_engine.kind == "ddp":
         objective.served = ddp(served, device)
-    groups: list[nn.Module] = [served]
+    elif config.dense_engine.kind == "deepspeed":
+        zero = Zero(config.dense_engine, config.optim.dense, config.precision, served, RankEnv(), device)
+        objective.served, groups = zero.engine, []
     if heads is not None:
         objective.heads = ddp(heads, device)
         groups.append(heads)
-    return model, Optimizers(config.optim, groups, shards), shards
+    return model, Optimizers(config.optim, groups, shards, zero), shards
 
 
 def endless(r: Request) -> Iterator[Batch]:

@@ -62,6 +62,15 @@ def pick_device(choice: DeviceChoice, env: RankEnv) -> torch.device:
     return torch.device("cuda", env.local_rank)
 
 
+def deepspeed_env(device: torch.device, local_rank: int, scratch: str) -> None:
+    """Set what DeepSpeed reads as it is imported. scratch: where it compiles, if at all; a killed build leaves a lock there."""
+    e = os.environ
+    e["LOCAL_RANK"] = str(local_rank)
+    if device.type == "cpu":
+        e["DS_ACCELERATOR"] = "cpu"
+    e.setdefault("TORCH_EXTENSIONS_DIR", scratch)
+
+
 @contextmanager
 def process_group(env: RankEnv, device: torch.device, timeout_s: float) -> Iterator[None]:
     """The default process group: gloo for CPU tensors and, on a GPU, NCCL for CUDA tensors. Left as it is where one exists."""

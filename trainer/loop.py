@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from exfm.data.columns import padding
 from exfm.data.commit import open_folder
@@ -78,7 +77,9 @@ class Job:
         offsets = self.stream.schema.logit_offsets(config.heads.tasks)
         plan, self.plan_word = planned or (None, "")
         self.built = build(config, env, device, offsets, plan)
-        rehearse(self.built, padding(self.columns, 1), device)
+        # as many examples as usual: what is compiled is tuned for them
+        usual = -(-config.stream.global_batch // env.world_size) if config.dense_engine.compile else 1
+        rehearse(self.built, padding(self.columns, usual), device)
         self.anatomy.watch(self.built.model, self.built.objective)
         self.log = RunLog(self.folder, config.run.name, env.rank == 0, config.run.log_every_s)
         self.commits = Commits(self)
@@ -142,6 +143,7 @@ class Job:
         self.tracer.close()
         self.commits.saver.close()
         self.log.close()
+        self.built.close()
 
     def train(self) -> bool:
         """Train to the end; False if it stopped early with everything committed. A finished job stays as it is."""
@@ -281,9 +283,9 @@ class Job:
 
     def _agree(self) -> bool:
         """Before a commit: the last update's loss is unknown, so the dense weights are looked at too."""
-        dense = [p for module in self.built.dense_modules.values() for p in module.parameters()]
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in dense]
-        self.guard.bad |= not bool(torch.stack([p.isfinite().all() for p in own]).all())
+        self.guard.bad |= not bool(torch.stack([p.isfinite().all() for p in self.built.dense_weights()]).all())
+        zero = self.built.zero
+        self.guard.bad |= zero is not None and zero.not_finite
         return self._answer(self.guard.ask(self.should_stop()))
 
     # ---------------------------------------------------------------- commit points

@@ -5,7 +5,7 @@ because TorchRec drops the fused one there without a word. Dense part: Adam or A
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,30 +66,43 @@ class RowWiseAdagrad(torch.optim.Optimizer):
                 p.copy_(p.float().addcdiv(gradient, total.sqrt().add_(group["eps"]), value=-group["lr"]))
 
 
+def dense_optimizer(config: DenseOptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    # Adam takes DTensors and others together, but not in one group
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == is_sharded] for is_sharded in (True, False)]
+    return kind(
+        [{"params": own} for own in kinds if own],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+class Zero(Protocol):
+    """What steps a model that DeepSpeed keeps: see exfm.trainer.zero."""
+
+    def step(self, lr: float) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
 class Optimizers:
     """What the train pipeline steps after backward.
 
     groups: dense modules, each clipped by its own norm, so that distillation heads cannot disturb the served model; one
     optimiser steps them all, because to call it takes longer than small heads take. shards: local table shards; those of
-    data-parallel tables are stepped here.
+    data-parallel tables are stepped here. zero: the served model under DeepSpeed, which is then in no group.
     """
 
-    def __init__(self, config: OptimConfig, groups: Sequence[nn.Module], shards: Sequence[Shard]) -> None:
-        self.config = config
-        kind = torch.optim.AdamW if config.dense.kind == "adamw" else torch.optim.Adam
+    def __init__(
+        self, config: OptimConfig, groups: Sequence[nn.Module], shards: Sequence[Shard], zero: Zero | None = None
+    ) -> None:
+        self.config, self.zero = config, zero
         self.groups = [list(g.parameters()) for g in groups]
-        d = config.dense
         parameters = [p for group in self.groups for p in group]
-        # Adam takes DTensors and others together, but not in one group
-        kinds = [[p for p in parameters if isinstance(p, DTensor) == is_sharded] for is_sharded in (True, False)]
-        self.dense = kind(
-            [{"params": own} for own in kinds if own],
-            lr=d.lr,
-            betas=d.betas,
-            eps=d.eps,
-            weight_decay=d.weight_decay,
-            fused=True,
-        )
+        self.dense = dense_optimizer(config.dense, parameters) if parameters else None
         self.table_parameters = [s.parameter for s in shards if s.parameter is not None]
         self.tables = (
             RowWiseAdagrad(self.table_parameters, lr=config.tables.lr, eps=config.tables.eps)
@@ -107,20 +120,25 @@ class Optimizers:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self._all():
             optimizer.zero_grad(set_to_none=set_to_none)
+        if self.zero is not None:
+            self.zero.zero_grad()
 
     def step(self) -> None:
         if self.config.dense.clip_norm:
             for parameters in self.groups:
                 torch.nn.utils.clip_grad_norm_(parameters, self.config.dense.clip_norm)
-        for group in self.dense.param_groups:
-            group["lr"] = self.lr
-        self.dense.step()
+        if self.zero is not None:
+            self.zero.step(self.lr)
+        if self.dense is not None:
+            for group in self.dense.param_groups:
+                group["lr"] = self.lr
+            self.dense.step()
         if self.tables is not None:
             self.tables.step()
         self.steps += 1
 
     def _all(self) -> list[torch.optim.Optimizer]:
-        return [self.dense, *([self.tables] if self.tables else [])]
+        return [optimizer for optimizer in (self.dense, self.tables) if optimizer is not None]
 
     def accumulator(self, parameter: nn.Parameter) -> Tensor:
         """Row-wise Adagrad state [rows] of a data-parallel table, a live view."""

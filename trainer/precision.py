@@ -38,7 +38,7 @@ class PrecisionConfig(BaseModel):
                     )
             if self.gradients == "bf16" and engine == "ddp":
                 raise UserError(
-                    "precision.gradients is bf16, which ddp cannot send between CPU ranks; use fp32 or dense_engine.kind: fsdp"
+                    "precision.gradients is bf16, which ddp cannot send between CPU ranks; use fp32, or dense_engine.kind: fsdp or deepspeed"
                 )
             if self.stochastic_rounding:
                 raise UserError(

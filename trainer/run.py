@@ -41,6 +41,7 @@ def run_job(
     check_ranks(config, env.world_size)
     check_against_stream(config, open_stream(config.stream.path, config.stream.labels))
     chosen = pick_device(config.run.device, env)
+    config.dense_engine.check_machine(chosen.type)
     config.precision.check(chosen, config.dense_engine.kind)
     config.precision.set_products()
     check_pipeline(config.run.pipeline, chosen)

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from exfm.checkpoints.canonical import adam_state, dense_state, table_state
+from exfm.checkpoints.canonical import adam_state, dense_state, distributed, pieces_of, table_state
 from exfm.checkpoints.commits import Committed
 from exfm.checkpoints.store import Partials
 from exfm.data.errors import UserError
 from exfm.trainer.build import Built
 from exfm.trainer.config import JobConfig
 from exfm.trainer.optim import adam_state as state_of_adam
+from exfm.trainer.zero import Zero
 
 LAYERS = ("data", "embeddings", "models", "distillation", "sharding", "checkpoints", "trainer")
 
@@ -26,16 +29,36 @@ def canonical_state(built: Built, config: JobConfig, device: torch.device) -> di
     """Live views of everything trained, under canonical names."""
     shapes = {name: (t.rows, t.width) for name, t in config.tables.items()}
     tables = table_state(built.shards, built.plan, shapes, built.optimizers.accumulator, device.type)
-    owner: dict[int, torch.optim.Optimizer] = {
-        id(p): built.optimizers.dense for group in built.optimizers.groups for p in group
-    }
+    dense = built.optimizers.dense
+    owner = {id(p): dense for group in built.optimizers.groups for p in group if dense is not None}
     if built.adapter is not None and built.adapter.optimizer is not None:
         owner |= {id(p): built.adapter.optimizer for p in built.adapter.parameters()}
 
     def state_of(parameter: nn.Parameter) -> dict[str, Tensor]:
         return state_of_adam(owner[id(parameter)], parameter)
 
-    return tables | dense_state(built.dense_modules) | adam_state(built.dense_modules, state_of)
+    modules = built.dense_modules
+    state = tables | dense_state(modules)
+    if built.zero is not None:
+        del modules["served"]
+        state |= zero_state(built.zero, device)
+    return state | adam_state(modules, state_of)
+
+
+def zero_state(zero: Zero, device: torch.device) -> dict[str, Tensor]:
+    """What ranks have parts of under ZeRO."""
+    state: dict[str, Tensor] = {}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in zero.parts():
+        runs = {
+            f"adam.served.{part.name}.exp_avg": part.exp_avg,
+            f"adam.served.{part.name}.exp_avg_sq": part.exp_avg_sq,
+        }
+        if part.weight is not None:
+            runs[f"dense.served.{part.name}"] = part.weight
+        state |= {name: distributed(pieces_of(run, part.shape), part.shape, mesh) for name, run in runs.items()}
+        state[f"adam.served.{part.name}.step"] = part.step
+    return state
 
 
 def random_state(device: torch.device) -> Partials:

@@ -81,13 +81,26 @@ def test_alone_in_the_world_it_trains_exactly_as_a_real_process_does(kind):
             (), world_size=64, local_batch=64, features=32, width=128, dense_engine={"kind": "fsdp"},
             model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096, 4096, 4096]},
         ),
+        *(
+            request(
+                (), rank=0, world_size=64, local_batch=64, features=32, width=128,
+                dense_engine={"kind": "deepspeed", "stage": stage},
+                model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096, 4096, 4096]},
+            )
+            for stage in (1, 2, 3)
+        ),
     ],
-    ids=["half-precision rows", "weights, means, ids sent ahead", "no table", "a dense part in pieces"],
+    ids=["half-precision rows", "weights, means, ids sent ahead", "no table", "a dense part in pieces", "zero 1", "zero 2", "zero 3"],
 )  # fmt: skip
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(asked, warm):
     expected, found = estimate(asked), dry_run(asked)
     assert found.peak_bytes > 100 * MIB, "too small to say anything"
     assert abs(expected.total - found.peak_bytes) < 0.1 * found.peak_bytes + OBJECTS, (expected, found)
+
+
+def test_under_zero_3_rank_0_alone_can_be_run():
+    with pytest.raises(UserError, match=r"rank 17 has no dry run under deepspeed's stage 3.* dry-run rank 0"):
+        dry_run(request((), dense_engine={"kind": "deepspeed", "stage": 3}))
 
 
 def test_what_does_not_fit_is_refused_before_a_process_is_started(monkeypatch):

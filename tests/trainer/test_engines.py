@@ -1,6 +1,7 @@
 """Dense engines: the same losses and weights as ddp, checkpoints that any engine continues, memory that is cut."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from exfm.data.errors import UserError
 from exfm.launch.cli import app
-from exfm.trainer import engines
+from exfm.trainer import engines, zero
 from exfm.trainer.build import build_dense
 from exfm.trainer.config import check_ranks
 from exfm.trainer.engines import DenseEngineConfig, dense_bytes, gathered
@@ -24,11 +25,13 @@ from tests.trainer.jobs import (
     parsed,
     replaced,
     run,
+    student,
     teacher,
 )
 from tests.trainer.starts import built_here
 
-FSDP = {"kind": "fsdp"}
+DDP, FSDP = {"kind": "ddp"}, {"kind": "fsdp"}
+ZERO_1, ZERO_2, ZERO_3 = ({"kind": "deepspeed", "stage": stage} for stage in (1, 2, 3))
 WIDE = {"model": {"kind": "dcnv2", "cross_layers": 2, "rank": 3, "deep_mlp": [64, 32]}}
 
 
@@ -39,9 +42,14 @@ def stream(tmp_path_factory) -> str:
 
 
 def cut(raw: Raw) -> tuple[int, Recorder]:
-    """`run` where every layer of these small models is a unit."""
-    engines.UNIT_PARAMETERS = 200
+    """`run` where every layer of these small models is a unit, gradients leave in several buckets, and ZeRO-3 keeps biases only."""
+    small()
     return run(raw)
+
+
+def small() -> None:
+    engines.UNIT_PARAMETERS = 200
+    zero.BUCKET, zero.PERSISTENT = 700, 50
 
 
 def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -53,8 +61,14 @@ def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "engine"),
-    [(2, FSDP), (3, FSDP), (4, {"kind": "fsdp", "shard": 2})],
-    ids=["2 ranks", "3 ranks", "2 copies of 2 shards"],
+    [
+        *((ranks, engine) for ranks in (2, 3) for engine in (FSDP, ZERO_1, ZERO_2, ZERO_3)),
+        (4, {"kind": "fsdp", "shard": 2}),
+    ],
+    ids=[
+        *(f"{name}, {ranks} ranks" for ranks in (2, 3) for name in ("fsdp", "zero 1", "zero 2", "zero 3")),
+        "2 copies of 2 shards",
+    ],
 )
 def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, stream, tmp_path, on_ranks):
     plain = teacher(tmp_path / "ddp", stream, **WIDE)
@@ -64,8 +78,35 @@ def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, stream, tmp_path, on_
     near(last_state(plain), last_state(sharded))
 
 
+@pytest.mark.parametrize("engine", [ZERO_1, ZERO_2, ZERO_3], ids=["zero 1", "zero 2", "zero 3"])
+def test_a_student_with_heads_and_adapter_learns_as_under_ddp(engine, stream, tmp_path, on_ranks):
+    """Heads, adapter, AdamW, clipping and warm-up beside ZeRO, over a restart."""
+    taught = teacher(tmp_path / "teacher", stream, **WIDE)
+    on_ranks(2, cut, taught)
+    log = tmp_path / "teacher/supervision/fm"
+    plain = student(tmp_path / "ddp", stream, log, "student_adapter", **WIDE)
+    plain = replaced(
+        plain,
+        optim__dense={
+            "kind": "adamw",
+            "lr": 0.01,
+            "eps": 1e-6,
+            "weight_decay": 0.1,
+            "clip_norm": 0.3,
+            "warmup_steps": 5,
+        },
+    )
+    sharded = replaced(plain, run__folder=str(tmp_path / "cut"), dense_engine=engine)
+    losses = [global_losses(on_ranks(2, cut, plain))]
+    losses += [
+        global_losses(on_ranks(2, cut, replaced(sharded, stream__last=1))) + global_losses(on_ranks(2, cut, sharded))
+    ]
+    assert len(losses[0]) == 50 and losses[1] == pytest.approx(losses[0], rel=2e-5)
+    near(last_state(plain), last_state(sharded))
+
+
 def shapes(raw: Raw) -> list[tuple[int, ...]]:
-    engines.UNIT_PARAMETERS = 200
+    small()
     built = built_here(raw)
     return [tuple(p.to_local().shape if hasattr(p, "to_local") else p.shape) for p in built.served.parameters()]
 
@@ -78,38 +119,83 @@ def test_every_rank_holds_a_part_of_every_large_weight(stream, tmp_path, on_rank
         assert sum(part[i][0] for part in parts) == shape[0] and all(part[i][1:] == shape[1:] for part in parts)
 
 
+def held(raw: Raw) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """(name, shape, values of Adam's moments, values of the weight) that this rank has of every parameter."""
+    small()
+    zero = built_here(raw).zero
+    assert zero is not None
+    return [
+        (p.name, p.shape, len(p.exp_avg[0]), len(p.weight[0]) if p.weight else math.prod(p.shape)) for p in zero.parts()
+    ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_under_zero_the_ranks_share_adams_state_and_in_stage_3_the_weights(stage, stream, tmp_path, on_ranks):
+    raw = job(tmp_path / "run", stream, dense_engine={"kind": "deepspeed", "stage": stage}, **WIDE)
+    parts = on_ranks(3, held, raw)
+    for same in zip(*parts, strict=True):
+        size = math.prod(same[0][1])
+        assert sum(part[2] for part in same) == size
+        assert sum(part[3] for part in same) == (size if stage == 3 else 3 * size)
+    state = [sum(part[2] for part in rank) for rank in parts]
+    assert max(state) < 0.4 * sum(state)
+
+
 def shapes_of(raw: Raw) -> list[tuple[int, ...]]:
     served, _, _ = build_dense(parsed(raw), torch.device("cpu"))
     return [tuple(p.shape) for p in served.parameters()]
 
 
 @pytest.fixture(scope="module")
-def begun(stream, tmp_path_factory, rank_pool) -> Callable[[int, str], tuple[Raw, Raw]]:
-    """begun(ranks, engine): the whole job under ddp and the first two slices of it under the engine; each pair is run once."""
+def whole(stream, tmp_path_factory, rank_pool) -> Callable[[int], Raw]:
+    """whole(ranks): the job under ddp, run once."""
 
     @functools.cache
-    def pair(ranks: int, kind: str) -> tuple[Raw, Raw]:
-        root = tmp_path_factory.mktemp("begun")
-        whole = job(root / "whole", stream, **WIDE)
-        half = job(root / "half", stream, dense_engine={"kind": kind}, stream__last=2, **WIDE)
-        for raw in (whole, half):
-            rank_pool(ranks, cut, raw)
-        return whole, half
+    def finished(ranks: int) -> Raw:
+        raw = job(tmp_path_factory.mktemp("whole") / "run", stream, **WIDE)
+        rank_pool(ranks, cut, raw)
+        return raw
 
-    return pair
+    return finished
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, FSDP), (3, {"kind": "ddp"})), ((3, {"kind": "ddp"}), (2, FSDP)), ((2, FSDP), (3, FSDP))])  # fmt: skip
-def test_a_job_continues_under_another_engine(before, after, begun, tmp_path, on_ranks):
+@pytest.fixture(scope="module")
+def half(stream, tmp_path_factory, rank_pool) -> Callable[[int, Raw], Raw]:
+    """half(ranks, engine): the first two slices of the job under the engine, run once."""
+    begun: dict[str, Raw] = {}
+
+    def first(ranks: int, engine: Raw) -> Raw:
+        key = f"{ranks} {engine}"
+        if key not in begun:
+            begun[key] = job(
+                tmp_path_factory.mktemp("half") / "run", stream, dense_engine=engine, stream__last=2, **WIDE
+            )
+            rank_pool(ranks, cut, begun[key])
+        return begun[key]
+
+    return first
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, FSDP), (3, DDP)), ((3, DDP), (2, FSDP)), ((2, FSDP), (3, FSDP)),
+        ((2, ZERO_1), (3, DDP)), ((3, ZERO_2), (2, FSDP)), ((3, ZERO_3), (2, DDP)),
+        ((3, DDP), (2, ZERO_2)), ((2, FSDP), (3, ZERO_3)), ((3, DDP), (2, ZERO_1)),
+        ((2, ZERO_3), (3, ZERO_3)), ((2, ZERO_1), (3, ZERO_2)),
+    ],
+)  # fmt: skip
+def test_a_job_continues_under_another_engine(before, after, whole, half, tmp_path, on_ranks):
     """As one that ran under ddp all along, within rounding."""
-    whole, half = begun(before[0], before[1]["kind"])
-    then = replaced(copied(half, tmp_path / "then"), dense_engine=after[1], stream__last=None)
+    begun = half(before[0], before[1])
+    then = replaced(copied(begun, tmp_path / "then"), dense_engine=after[1], stream__last=None)
     on_ranks(after[0], cut, then)
-    near(last_state(whole), last_state(then))
+    near(last_state(whole(before[0])), last_state(then))
 
 
-def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(stream, tmp_path, on_ranks):
-    whole = job(tmp_path / "whole", stream, dense_engine=FSDP, checkpoint__every_slices=1, **WIDE)
+@pytest.mark.parametrize("engine", [FSDP, ZERO_1, ZERO_2, ZERO_3], ids=["fsdp", "zero 1", "zero 2", "zero 3"])
+def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(engine, stream, tmp_path, on_ranks):
+    whole = job(tmp_path / "whole", stream, dense_engine=engine, checkpoint__every_slices=1, **WIDE)
     on_ranks(2, cut, whole)
     half = replaced(whole, run__folder=str(tmp_path / "half"), stream__last=2)
     on_ranks(2, cut, half)
@@ -163,7 +249,7 @@ MODELS = {
 
 def difference(raws: list[Raw]) -> list[str]:
     """Names of the dense parameters that start otherwise in pieces than whole."""
-    engines.UNIT_PARAMETERS = 200
+    small()
     names = []
     for raw in raws:
         config = parsed(raw)

@@ -22,13 +22,20 @@ def stream(tmp_path_factory) -> str:
     return make_stream(tmp_path_factory.mktemp("precision") / "stream").root
 
 
+ENGINES = {
+    "ddp": {"kind": "ddp"},
+    "fsdp": {"kind": "fsdp"},
+    **{f"zero {stage}": {"kind": "deepspeed", "stage": stage} for stage in (1, 2, 3)},
+}
+
+
 @pytest.fixture(scope="module")
 def in_32_bits(stream, tmp_path_factory, rank_pool) -> Callable[..., tuple[Raw, list[float]]]:
     """in_32_bits(engine, kind, pipeline): the finished job of two ranks and its losses; each is run once."""
 
     @functools.cache
     def finished(engine: str, kind: str, pipeline: str) -> tuple[Raw, list[float]]:
-        same = {"sharding__allowed": [kind], "dense_engine": {"kind": engine}, "run__pipeline": pipeline}
+        same = {"sharding__allowed": [kind], "dense_engine": ENGINES[engine], "run__pipeline": pipeline}
         raw = teacher(tmp_path_factory.mktemp("fp32") / "run", stream, **same)
         return raw, global_losses(on(rank_pool, 2, raw))
 
@@ -42,11 +49,11 @@ SENT = {"embeddings_forward": "fp16", "embeddings_backward": "fp16"}
 @pytest.mark.parametrize(
     ("engine", "precision", "kind"),
     [
-        *((engine, {"dense": "bf16"}, "table_wise") for engine in ("ddp", "fsdp")),
-        ("fsdp", {"gradients": "bf16"}, "table_wise"),
+        *((engine, {"dense": "bf16"}, "table_wise") for engine in ENGINES),
+        *((engine, {"gradients": "bf16"}, "table_wise") for engine in ENGINES if engine != "ddp"),
         *(("ddp", SENT, kind) for kind in ("table_wise", "row_wise", "column_wise")),
         ("ddp", SENT | {"dense": "bf16"}, "row_wise"),
-        ("fsdp", SENT | {"dense": "bf16", "gradients": "bf16"}, "row_wise"),
+        *((engine, SENT | {"dense": "bf16", "gradients": "bf16"}, "row_wise") for engine in ENGINES if engine != "ddp"),
     ],
 )
 def test_twenty_steps_are_near_those_in_32_bits_and_not_the_same(
