@@ -1,4 +1,4 @@
-"""Arrow columns to a Batch, without per-row Python."""
+"""Arrow columns to a Block or a Batch, without per-row Python."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,19 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from exfm.data.batch import Batch
+from exfm.data.block import Block, Lists
 from exfm.data.errors import UserError
 from exfm.data.manifest import column_array
 from exfm.data.schema import Schema
 from exfm.data.writer import check_labels
 
 # (ids [n], lengths [b], example ids [b]) -> table rows [n]; may raise UserError
-ToRows = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+ToRows = Callable[[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]], NDArray[np.int64]]
 
 
 class Domain(BaseModel):
@@ -31,7 +30,9 @@ class Domain(BaseModel):
     modulo: int | None = Field(None, gt=0)
 
     def mask(self, column: np.ndarray) -> NDArray[np.bool_]:
-        return np.isin(column if self.modulo is None else column % self.modulo, self.values)
+        if self.modulo is not None:
+            column = column - column // self.modulo * self.modulo  # the remainder, by NumPy's faster division
+        return column == self.values[0] if len(self.values) == 1 else np.isin(column, self.values)
 
 
 @dataclass(frozen=True)
@@ -65,33 +66,11 @@ class BatchColumns:
         return tuple(dict.fromkeys(n for n in names if n))
 
 
-def make_batch(table: pa.Table, rows: np.ndarray, size: int, want: BatchColumns, where: str) -> Batch:
+def make_batch(
+    table: pa.Table, rows: np.ndarray, size: int, want: BatchColumns, where: str, pinned: bool = False
+) -> Batch:
     """A Batch of the table's rows, padded to `size`. rows: row numbers in the slice. UserError for bad labels or ids."""
-    n = table.num_rows
-    ids = table.column(want.schema.id).to_numpy()
-    check_labels(table, want.labels, ids, where)
-    users = table.column(want.schema.user).to_numpy() if want.schema.user else ids
-    weights = table.column(want.schema.weight).to_numpy() if want.schema.weight else np.ones(n, np.float32)
-    domain = np.full(n, -1, np.int32)
-    for index in _last_to_first(want):
-        domain[want.domains[index].mask(table.column(want.domains[index].column).to_numpy())] = index
-    plain = [f for f in want.sparse if f.weights is None]
-    weighted = [f for f in want.sparse if f.weights is not None]
-    supervision, mask = _supervision(table, size, want.supervision, ids, where)
-    return Batch(
-        dense=_matrix([_dense(table, name, log) for name, log in want.dense], size, 0.0),
-        sparse=_jagged(table, plain, ids, size),
-        weighted=_jagged(table, weighted, ids, size) if weighted else None,
-        labels=_matrix([table.column(name).to_numpy() for name in want.labels], size, np.nan),
-        weights=_padded(weights, size, 0.0),
-        ids=_padded(ids, size, -1),
-        timestamps=_padded(table.column(want.schema.timestamp).to_numpy(), size, 0),
-        users=_padded(users, size, -1),
-        rows=_padded(rows, size, -1),
-        domain=_padded(domain, size, -1),
-        supervision=supervision,
-        supervision_mask=mask,
-    )
+    return convert(table, rows, want, where).batch(0, len(rows), size, pinned)
 
 
 def padding(want: BatchColumns, size: int) -> Batch:
@@ -101,61 +80,76 @@ def padding(want: BatchColumns, size: int) -> Batch:
     return make_batch(table, np.empty(0, np.int64), size, want, "padding")
 
 
-def _last_to_first(want: BatchColumns) -> list[int]:
-    """Indexes of the domains, the one that counts last: the job's own, else the first match."""
-    order = list(reversed(range(len(want.domains))))
-    return sorted(order, key=lambda i: want.domains[i].name == want.own_domain)
+def convert(table: pa.Table, rows: np.ndarray, want: BatchColumns, where: str) -> Block:
+    """The table's rows as a block. rows: their row numbers in the slice. UserError for bad labels, predictions or ids."""
+    n, schema = table.num_rows, want.schema
+    ids = table.column(schema.id).to_numpy()
+    check_labels(table, want.labels, ids, where)
+    columns = {
+        "ids": ids,
+        "timestamps": table.column(schema.timestamp).to_numpy(),
+        "users": table.column(schema.user).to_numpy() if schema.user else ids,
+        "rows": rows,
+        "dense": _dense(table, want.dense),
+        "labels": np.empty((n, len(want.labels)), np.float32),
+        "weights": table.column(schema.weight).to_numpy() if schema.weight else np.ones(n, np.float32),
+        "domain": _domains(table, want),
+    }
+    for i, name in enumerate(want.labels):
+        columns["labels"][:, i] = table.column(name).to_numpy()
+    if want.supervision:
+        columns["supervision"], columns["supervision_mask"] = _supervision(table, want.supervision, ids, where)
+    plain = [f for f in want.sparse if f.weights is None]
+    weighted = [f for f in want.sparse if f.weights is not None]
+    return Block(columns, _lists(table, plain, ids), _lists(table, weighted, ids) if weighted else None)
 
 
-def _padded(values: np.ndarray, size: int, fill: float) -> torch.Tensor:
-    out = np.full(size, fill, values.dtype)
-    out[: len(values)] = values
-    return torch.from_numpy(out)
+def _domains(table: pa.Table, want: BatchColumns) -> NDArray[np.int32]:
+    """Every example's domain [n], -1 for none: the job's own where it is one of several, else the first match."""
+    domain = np.full(table.num_rows, -1, np.int32)
+    last_to_first = sorted(reversed(range(len(want.domains))), key=lambda i: want.domains[i].name == want.own_domain)
+    for index in last_to_first:
+        domain[want.domains[index].mask(table.column(want.domains[index].column).to_numpy())] = index
+    return domain
 
 
-def _matrix(columns: Sequence[np.ndarray], size: int, fill: float) -> torch.Tensor:
-    out = np.full((size, len(columns)), fill, np.float32)
-    for i, column in enumerate(columns):
-        out[: len(column), i] = column
-    return torch.from_numpy(out)
+def _dense(table: pa.Table, columns: Sequence[tuple[str, bool]]) -> NDArray[np.float32]:
+    """Dense columns [n, d], missing values as 0; log1p keeps the sign: sign(x) log(1 + |x|)."""
+    out = np.empty((table.num_rows, len(columns)), np.float32)
+    for i, (name, log1p) in enumerate(columns):
+        values = table.column(name).to_numpy()
+        if not np.isfinite(values).all():
+            values = np.nan_to_num(values, nan=0.0)
+        out[:, i] = np.copysign(np.log1p(np.abs(values)), values) if log1p else values
+    return out
 
 
-def _dense(table: pa.Table, name: str, log1p: bool) -> np.ndarray:
-    """A dense column, missing values as 0; log1p keeps the sign: sign(x) log(1 + |x|)."""
-    values = np.nan_to_num(table.column(name).to_numpy(), nan=0.0)
-    return np.sign(values) * np.log1p(np.abs(values)) if log1p else values
-
-
-def _jagged(table: pa.Table, features: Sequence[SparseInput], ids: np.ndarray, size: int) -> KeyedJaggedTensor:
-    values, lengths, weights = [], np.zeros((len(features), size), np.int32), []
+def _lists(table: pa.Table, features: Sequence[SparseInput], ids: np.ndarray) -> Lists:
+    one_each = np.arange(len(ids) + 1)
+    values, ends, weights = [], [], []
+    lengths = np.empty((len(features), len(ids)), np.int32)
     for i, feature in enumerate(features):
         array = column_array(table, feature.column)
-        if pa.types.is_list(array.type):
-            counts = pc.list_value_length(array).fill_null(0).to_numpy().astype(np.int64)
-            raw = array.flatten().to_numpy(zero_copy_only=False)
+        is_list = pa.types.is_list(array.type)
+        if array.null_count:
+            counts = pc.list_value_length(array).fill_null(0) if is_list else array.is_valid().cast(pa.int32())
+            own_ends = np.concatenate([[0], np.cumsum(counts.to_numpy())])
         else:
-            counts = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
-            raw = (array.drop_null() if array.null_count else array).to_numpy()
-        values.append(feature.to_rows(raw, counts, ids))
-        lengths[i, : len(counts)] = counts
+            own_ends = array.offsets.to_numpy() - array.offsets[0].as_py() if is_list else one_each
+        raw = array.flatten() if is_list else array.drop_null() if array.null_count else array
+        np.subtract(own_ends[1:], own_ends[:-1], out=lengths[i])
+        ends.append(own_ends)
+        values.append(feature.to_rows(raw.to_numpy(zero_copy_only=False), lengths[i], ids))
         if feature.weights:
             weights.append(column_array(table, feature.weights).flatten().to_numpy(zero_copy_only=False))
-    return KeyedJaggedTensor(
-        keys=[f.name for f in features],
-        values=torch.from_numpy(np.concatenate(values) if values else np.empty(0, np.int64)),
-        lengths=torch.from_numpy(lengths.reshape(-1)),
-        weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
-        stride=size,
-    )
+    return Lists([f.name for f in features], values, ends, lengths, weights or None)
 
 
 def _supervision(
-    table: pa.Table, size: int, columns: tuple[tuple[str | None, ...], ...], ids: np.ndarray, where: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Logits and mask [b, s, t]; a missing column or a null is a missing prediction."""
-    if not columns:
-        return None, None
-    shape = size, len(columns), len(columns[0])
+    table: pa.Table, columns: tuple[tuple[str | None, ...], ...], ids: np.ndarray, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and mask [n, s, t]; a missing column or a null is a missing prediction."""
+    shape = len(ids), len(columns), len(columns[0])
     logits, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
     for s, names in enumerate(columns):
         for t, name in enumerate(names):
@@ -167,8 +161,8 @@ def _supervision(
             if not there.all():
                 _check_nulls(column, there, f"{where}: the teacher's '{name.split('/', 1)[-1]}'", ids)
                 values = np.where(there, values, 0.0)
-            logits[: len(values), s, t], mask[: len(values), s, t] = values, there
-    return torch.from_numpy(logits), torch.from_numpy(mask)
+            logits[:, s, t], mask[:, s, t] = values, there
+    return logits, mask
 
 
 def _check_nulls(column: pa.ChunkedArray, finite: np.ndarray, what: str, ids: np.ndarray) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from exfm.data.batch import Batch
-from exfm.data.columns import BatchColumns, Domain, make_batch
+from exfm.data.columns import BatchColumns, Domain, convert, make_batch
 from exfm.data.errors import UserError
 from exfm.data.manifest import Generation, SliceManifest, Stream, slice_folder
-from exfm.data.order import Piece, SliceOrder, pieces
+from exfm.data.order import Piece, Rows, SliceOrder, pieces
 from exfm.data.source import AlignedFiles, SliceSource
 
 T = TypeVar("T")
@@ -59,19 +59,43 @@ class SliceReader:
     def examples(self) -> int:
         return len(self.order)
 
-    def batches(self, start: int = 0, stop: int | None = None, prefetch: int = 0) -> Iterator[Batch]:
-        """This rank's pieces of the global batches at positions [start, stop), in order."""
-        work = (
-            self._batch(p) for p in pieces(len(self.order), start, stop, self.global_batch, self.rank, self.world_size)
-        )
+    def batches(
+        self, start: int = 0, stop: int | None = None, prefetch: int = 0, pinned: bool = False
+    ) -> Iterator[Batch]:
+        """This rank's pieces of the global batches at positions [start, stop), in order; pinned: in memory that a GPU copies from."""
+        own = pieces(len(self.order), start, stop, self.global_batch, self.rank, self.world_size)
+        work = (batch for block in self._blocks(own) for batch in self._of_block(block, pinned))
         return ahead(work, prefetch) if prefetch else work
 
-    def _batch(self, piece: Piece) -> Batch:
-        rows = self.order.rows(piece.start, piece.stop)
+    def _blocks(self, own: Iterator[Piece]) -> Iterator[list[tuple[Piece, Rows]]]:
+        """Pieces and their rows, those of one row group together; a piece of several groups is alone."""
+        block: list[tuple[Piece, Rows]] = []
+        of_block: range | None = None
+        for piece in own:
+            rows = self.order.rows(piece.start, piece.stop)
+            groups = self.source.groups(rows)
+            if block and (groups != of_block or len(groups) > 1):
+                yield block
+                block = []
+            block.append((piece, rows))
+            of_block = groups
+        if block:
+            yield block
+
+    def _of_block(self, block: Sequence[tuple[Piece, Rows]], pinned: bool) -> Iterator[Batch]:
+        """The batches of some pieces, converted together; one by one where that fails, so that the piece to blame raises."""
+        rows = np.concatenate([own for _, own in block])
         table = self.source.take(rows) if len(rows) else self.source.empty()
-        return make_batch(
-            table, rows, piece.size, self.columns, f"{self.source.files[0].folder} rows {piece.start}..{piece.stop}"
-        )
+        ends = np.cumsum([0, *(len(own) for _, own in block)]).tolist()
+        try:
+            whole = convert(table, rows, self.columns, "")
+        except UserError:
+            for (p, own), first in zip(block, ends, strict=False):
+                where = f"{self.source.files[0].folder} rows {p.start}..{p.stop}"
+                yield make_batch(table.slice(first, len(own)), own, p.size, self.columns, where, pinned)
+        else:
+            for (p, own), first in zip(block, ends, strict=False):
+                yield whole.batch(first, first + len(own), p.size, pinned)
 
 
 def open_slice(

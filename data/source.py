@@ -131,10 +131,17 @@ class SliceSource:
         """A table without rows that has all wanted columns."""
         return self._span(0, 0).slice(0, 0)
 
+    def groups(self, rows: np.ndarray) -> range:
+        """The row groups from that of the first row to that of the last."""
+        if not len(rows):
+            return range(0)
+        first, last = (int(np.searchsorted(self.starts, row, side="right")) - 1 for row in (rows.min(), rows.max()))
+        return range(first, last + 1)
+
     def take(self, rows: np.ndarray) -> pa.Table:
         """The given rows (some, in any order) as one table; contiguous rows of one row group are not copied."""
-        first, last = (int(np.searchsorted(self.starts, row, side="right")) - 1 for row in (rows.min(), rows.max()))
-        table = self._span(first, last)
+        groups = self.groups(rows)
+        table = self._span(groups.start, groups.stop - 1)
         local = rows - self.starts[self._held[0]]
         if (np.diff(local) == 1).all():
             return table.slice(int(local[0]), len(local))

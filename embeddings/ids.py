@@ -33,14 +33,16 @@ class IdMap:
         self.feature, self.rows = feature, table.rows
         self.salt = salt_of("ids", feature.table)
 
-    def __call__(self, values: I64, lengths: I64, example_ids: I64) -> I64:
+    def __call__(self, values: I64, lengths: NDArray[np.integer], example_ids: I64) -> I64:
         """values [n] raw ids, lengths [b] ids per example, example_ids [b] -> rows [n].
 
         UserError names feature, table and the first offending example for an id outside an identity table.
         """
         if self.feature.ids == "hash":
-            return (hash64(values, self.salt) % np.uint64(self.rows)).astype(np.int64)
-        if len(values) and (values.min() < 0 or values.max() >= self.rows):
+            hashed = hash64(values, self.salt)
+            rows = np.uint64(self.rows)
+            return (hashed - hashed // rows * rows).view(np.int64)  # the remainder, by NumPy's faster division
+        if len(values) and values.view(np.uint64).max() >= self.rows:  # a negative id is a large one there
             first = int(np.argmax((values < 0) | (values >= self.rows)))
             example = np.repeat(example_ids, lengths)[first]
             raise UserError(

@@ -234,9 +234,7 @@ class Job:
         self.entries.append(Entry(p.slice, start, p.consumed, 0, self.env.world_size, self.env.attempt, skipped=True))
 
     def _batches(self, reader: SliceReader, start: int, stop: int) -> Any:
-        batches = reader.batches(start, stop)
-        if self.device.type == "cuda":
-            batches = (b.pin_memory() for b in batches)
+        batches = reader.batches(start, stop, pinned=self.device.type == "cuda")
         depth = self.config.stream.prefetch
         return ahead(batches, depth) if depth else batches
 

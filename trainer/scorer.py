@@ -232,9 +232,7 @@ class Scorer:
         self._line(index, 1.0, begun, reader.examples)
 
     def _batches(self, reader: SliceReader) -> Iterator[Batch]:
-        batches: Iterator[Batch] = reader.batches()
-        if self.device.type == "cuda":
-            batches = (b.pin_memory() for b in batches)
+        batches = reader.batches(pinned=self.device.type == "cuda")
         return ahead(batches, self.config.score.prefetch) if self.config.score.prefetch else batches
 
     def _take(self, drain: bool = False) -> None:
