@@ -22,7 +22,8 @@ class Batch(Pipelineable):
     dense [b, d] f32 (missing = 0); sparse: table rows per feature, [f x b] lists; weighted: the same for features with
     per-id weights, or None; labels [b, t] f32, NaN = not observed; weights [b] f32; ids, timestamps, users, rows [b] i64
     (rows: row number in the slice); domain [b] i32, -1 = none; supervision [b, s, t] f32 raw logits and
-    supervision_mask [b, s, t] bool, or None. buffer: the memory (u8) in which all of them lie, where one was made for them.
+    supervision_mask [b, s, t] bool, or None. repeats [o, b] i64: of each feature whose repeated lists are left out of `sparse`, the row
+    that has the list; None if there is no such feature. buffer: the memory (u8) in which all of them lie, where one was made for them.
     """
 
     dense: Tensor
@@ -37,6 +38,7 @@ class Batch(Pipelineable):
     domain: Tensor
     supervision: Tensor | None = None
     supervision_mask: Tensor | None = None
+    repeats: Tensor | None = None
     buffer: Tensor | None = None
 
     def __len__(self) -> int:

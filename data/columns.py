@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from exfm.data.batch import Batch
-from exfm.data.block import Block, Lists
+from exfm.data.block import Block, Lists, first_with_list
 from exfm.data.errors import UserError
 from exfm.data.manifest import column_array
 from exfm.data.schema import Schema
@@ -37,12 +37,14 @@ class Domain(BaseModel):
 
 @dataclass(frozen=True)
 class SparseInput:
-    """A feature that a model looks up: its name, its column and the mapping of raw ids to table rows."""
+    """A feature that a model looks up: its name, its column and the mapping of raw ids to table rows. once: a user's repeated list is
+    left out of a batch, see Batch.repeats; not with weights."""
 
     name: str
     column: str
     to_rows: ToRows
     weights: str | None = None
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def convert(table: pa.Table, rows: np.ndarray, want: BatchColumns, where: str) -
         columns["supervision"], columns["supervision_mask"] = _supervision(table, want.supervision, ids, where)
     plain = [f for f in want.sparse if f.weights is None]
     weighted = [f for f in want.sparse if f.weights is not None]
-    return Block(columns, _lists(table, plain, ids), _lists(table, weighted, ids) if weighted else None)
+    users = columns["users"]
+    return Block(columns, _lists(table, plain, ids, users), _lists(table, weighted, ids, users) if weighted else None)
 
 
 def _domains(table: pa.Table, want: BatchColumns) -> NDArray[np.int32]:
@@ -124,7 +127,7 @@ def _dense(table: pa.Table, columns: Sequence[tuple[str, bool]]) -> NDArray[np.f
     return out
 
 
-def _lists(table: pa.Table, features: Sequence[SparseInput], ids: np.ndarray) -> Lists:
+def _lists(table: pa.Table, features: Sequence[SparseInput], ids: np.ndarray, users: np.ndarray) -> Lists:
     one_each = np.arange(len(ids) + 1)
     values, ends, weights = [], [], []
     lengths = np.empty((len(features), len(ids)), np.int32)
@@ -142,7 +145,8 @@ def _lists(table: pa.Table, features: Sequence[SparseInput], ids: np.ndarray) ->
         values.append(feature.to_rows(raw.to_numpy(zero_copy_only=False), lengths[i], ids))
         if feature.weights:
             weights.append(column_array(table, feature.weights).flatten().to_numpy(zero_copy_only=False))
-    return Lists([f.name for f in features], values, ends, lengths, weights or None)
+    once = {i: first_with_list(users, values[i], ends[i]) for i, f in enumerate(features) if f.once}
+    return Lists([f.name for f in features], values, ends, lengths, weights or None, once)
 
 
 def _supervision(

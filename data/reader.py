@@ -33,6 +33,9 @@ class StreamConfig(BaseModel):
     labels: Generation = Field("first", description="labels as the window closed, or amended by late ones")
     on_missing: Literal["wait", "refuse"] = "refuse"
     wait_s: float = Field(600.0, ge=0, description="how long a missing slice is waited for with on_missing: wait")
+    once: tuple[str, ...] = Field(
+        (), description="features whose list, where a user's is as before, is looked up once per batch"
+    )
     prefetch: int = Field(4, ge=0, description="batches decoded ahead; 0 decodes in the training thread")
 
     def own_domain(self) -> Domain | None:

@@ -12,8 +12,18 @@ from exfm.embeddings.config import FeaturesConfig, SparseFeature, TableConfig, T
 I64 = NDArray[np.int64]
 
 
-def sparse_inputs(features: FeaturesConfig, tables: Tables, schema: Schema) -> tuple[SparseInput, ...]:
-    """What the reader must know of every sparse feature. UserError for a column that the stream lacks."""
+def sparse_inputs(
+    features: FeaturesConfig, tables: Tables, schema: Schema, once: tuple[str, ...] = ()
+) -> tuple[SparseInput, ...]:
+    """What the reader must know of every sparse feature. once: those whose repeated lists are looked up once per batch.
+
+    UserError for a column that the stream lacks, and for a name of `once` that is no unweighted feature.
+    """
+    unweighted = [f.name for f in features.sparse if not f.weighted]
+    if unknown := [name for name in once if name not in unweighted]:
+        raise UserError(
+            f"stream.once names {', '.join(unknown)}, which is no unweighted sparse feature; it may name {', '.join(unweighted)}"
+        )
     inputs = []
     for feature in features.sparse:
         column = schema.sparse_column(feature.source)
@@ -22,7 +32,8 @@ def sparse_inputs(features: FeaturesConfig, tables: Tables, schema: Schema) -> t
                 f"feature '{feature.name}' is weighted, but column '{column.name}' has no weights in the schema"
             )
         to_rows = IdMap(feature, tables[feature.table])
-        inputs.append(SparseInput(feature.name, column.name, to_rows, column.weights if feature.weighted else None))
+        weights = column.weights if feature.weighted else None
+        inputs.append(SparseInput(feature.name, column.name, to_rows, weights, feature.name in once))
     return tuple(inputs)
 
 

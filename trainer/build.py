@@ -76,6 +76,7 @@ def build(
         objective,
         tuple(f.name for f in config.features.sparse),
         mean_features(config.features, config.tables),
+        config.stream.once,
     )
     model, kernels, plan = shard_tables(module, config, env, device, plan)
     shards = [shard for kernel in kernels for shard in kernel.shards]
@@ -113,6 +114,7 @@ def build_scoring(config: JobConfig, env: RankEnv, device: torch.device, plan: P
         ScoreObjective(served),
         tuple(f.name for f in config.features.sparse),
         mean_features(config.features, config.tables),
+        config.stream.once,
     )
     model, kernels, plan = shard_tables(module, config, env, device, plan)
     return Scoring(model.eval(), served, [shard for kernel in kernels for shard in kernel.shards], describe(plan))

@@ -24,7 +24,7 @@ def batch_columns(config: JobConfig, stream: Stream) -> BatchColumns:
     return BatchColumns(
         schema=stream.schema,
         dense=tuple((d.name, d.log1p) for d in config.features.dense),
-        sparse=sparse_inputs(config.features, config.tables, stream.schema),
+        sparse=sparse_inputs(config.features, config.tables, stream.schema, config.stream.once),
         labels=config.heads.tasks,
         domains=config.stream.domains,
         own_domain=config.stream.domain,

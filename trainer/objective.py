@@ -194,11 +194,12 @@ class TrainModule(nn.Module):
         objective: nn.Module,
         features: tuple[str, ...],
         mean: frozenset[str] = frozenset(),
+        once: tuple[str, ...] = (),
     ) -> None:
-        """mean: features whose sum of embeddings is divided by the number of ids."""
+        """mean: features whose sum of embeddings is divided by the number of ids. once: those of Batch.repeats."""
         super().__init__()
         self.tables, self.weighted, self.objective = tables, weighted, objective
-        self.join = JoinPooled(features, mean)
+        self.join = JoinPooled(features, mean, once)
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         pooled, ids = [], []
@@ -208,21 +209,25 @@ class TrainModule(nn.Module):
         if self.weighted is not None:
             pooled.append(self.weighted(batch.weighted))
             ids.append(batch.weighted)
-        return self.objective(batch, self.join(pooled, ids))
+        return self.objective(batch, self.join(pooled, ids, batch.repeats))
 
 
 class JoinPooled(nn.Module):
     """Pooled embeddings of all features side by side, [b, sum of widths] f32, in the order of the config."""
 
-    def __init__(self, features: tuple[str, ...], mean: frozenset[str]) -> None:
+    def __init__(self, features: tuple[str, ...], mean: frozenset[str], once: tuple[str, ...]) -> None:
         super().__init__()
         self.features, self.mean = features, mean
+        self.once = tuple(f for f in features if f in once)
 
-    def forward(self, pooled: list[KeyedTensor], ids: list[KeyedJaggedTensor]) -> Tensor:
+    def forward(self, pooled: list[KeyedTensor], ids: list[KeyedJaggedTensor], repeats: Tensor | None) -> Tensor:
         found = {key: value.float() for kt in pooled for key, value in kt.to_dict().items()}
         for kjt in ids if self.mean else []:
             share = 1.0 / kjt.lengths().view(len(kjt.keys()), -1).clamp(min=1).float()  # [features, b]
             for own, key in zip(share, kjt.keys(), strict=True):
                 if key in self.mean:
                     found[key] = found[key] * own[:, None]
+        assert len(self.once) == (0 if repeats is None else len(repeats)), "the batch was read for other features"
+        for key, holders in zip(self.once, () if repeats is None else repeats, strict=True):
+            found[key] = found[key].index_select(0, holders)
         return torch.cat([found[f] for f in self.features], dim=1)
