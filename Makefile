@@ -21,9 +21,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 STAMP := .venv/.exfm-$(EXFM_DEVICE)
 TORCH := $(shell grep '^torch==' requirements/common.txt)
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-multigpu check bench bench-guard clean
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 	@sed -n 's/^#   //p' Makefile
 
 setup: $(STAMP)  ## make .venv for this machine and verify it
@@ -34,6 +34,9 @@ demo: $(STAMP)  ## teacher, supervision, students and a report, small
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-multigpu: $(STAMP)  ## every engine, precision and pipeline on this host's GPUs, against one rank and gloo
+	$(BIN)/exfm bench multigpu $(ARGS)
+
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +44,9 @@ check: $(STAMP)  ## lint, format, types
 
 bench: $(STAMP)  ## what distillation buys and costs, in minutes
 	$(BIN)/exfm bench distill --quick $(ARGS)
+
+bench-guard: $(STAMP)  ## key ratios beside the kept ones; fails on a loss beyond noise
+	$(BIN)/exfm bench guard $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist exfm.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
