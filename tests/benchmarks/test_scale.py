@@ -50,7 +50,7 @@ def test_sizes_that_do_not_fit_are_left_out_by_name(monkeypatch, tmp_path, capsy
     args = ["--parts", "size,modelled", "--rows", "1e5,1e6,1e12", "--modelled-ranks", "2,8", "--out", str(tmp_path)]
     assert scale.main(args) == 0
     result = json.loads((tmp_path / "scale.json").read_text())
-    assert [r["rows"] for r in result["size"]["rows"]] == [10**5, 10**5, 10**6, 10**6]
+    assert [r["rows"] for r in result["size"]["rows"]] == [10**5, 10**6, 10**5, 10**6]
     assert result["size"]["left_out"][0].startswith("1e+12 rows: 33527.6 GiB needed")
     text = capsys.readouterr().out
     assert "Left out: 1e+12 rows" in text and "(modelled)" in text
