@@ -2,13 +2,16 @@
 
 import ctypes
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints.s3 import new_bucket, s3_process, set_up_s3
-from tests.ranks import RankPool
+from tests.ranks import READY_S, RankPool, forking
+from tests.warm import SOCKET, Warm, serve
 
 
 @pytest.fixture
@@ -57,6 +60,29 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 def on_ranks(rank_pool: RankPool) -> RankPool:
     """on_ranks(n, fn, *args): the results of a module-level function on n gloo ranks."""
     return rank_pool
+
+
+@pytest.fixture(scope="session")
+def warm_server() -> Iterator[str]:
+    """The address of the server behind `warm`."""
+    context = forking()
+    with tempfile.TemporaryDirectory(prefix="exfm-") as folder:  # a socket's address must be short
+        address = f"{folder}/warm"
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(address, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        assert ours.poll(READY_S), f"no server of warm processes within {READY_S:g} s"
+        yield address
+        ours.close()
+        process.join(10)
+
+
+@pytest.fixture
+def warm(warm_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of Python start without their imports: see tests/warm.py."""
+    monkeypatch.setenv(SOCKET, warm_server)
+    monkeypatch.setattr(subprocess, "Popen", Warm)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,9 @@ def forking() -> Any:
     context = multiprocessing.get_context("forkserver")
     # for the server alone: it must have no threads when it forks, and BLAS would start some
     os.putenv("OMP_NUM_THREADS", "1")
-    context.set_forkserver_preload(["exfm.trainer.run", "exfm.launch.cli", "torch.distributed.optim"])
+    context.set_forkserver_preload(
+        ["exfm.trainer.run", "exfm.launch.local", "exfm.launch.cli", "torch.distributed.run", "torch.distributed.optim"]
+    )
     return context
 
 

@@ -319,7 +319,7 @@ except UserError as error:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("what", ["manifest of 2^40 bytes", "manifest of 200 MiB of nothing", "index of 2^40 bytes"])
-def test_a_file_of_any_size_is_refused_in_bounded_memory(what, raw):
+def test_a_file_of_any_size_is_refused_in_bounded_memory(what, raw, warm):
     newest = commits(raw)[-1]
     if what == "index of 2^40 bytes":
         rewrite(newest, lambda m: m["files"][-1].update(bytes=2**40, sums="0" * 16 * 2**16))

@@ -29,6 +29,7 @@ from tests.trainer.jobs import (
     student,
     teacher,
 )
+from tests.warm import forked
 
 # of 16 examples: slice 0 has 9 steps, slice 1 ten
 STOPS = {"mid-slice": 12, "slice end": 19}
@@ -180,7 +181,7 @@ def wait_for(path: Path, process: subprocess.Popen, timeout_s: float = 60) -> No
     assert path.exists(), f"{path} did not appear"
 
 
-def test_a_killed_rank_loses_nothing_that_was_committed(tmp_path, on_ranks):
+def test_a_killed_rank_loses_nothing_that_was_committed(tmp_path, on_ranks, warm):
     """torchrun with 2 ranks, one killed with SIGKILL between two commits, started again: bitwise the undisturbed run."""
     stream = make_stream(tmp_path / "stream", (640,) * 8).root
     killed = teacher(tmp_path / "killed", stream, checkpoint={"every_slices": 1, "every_examples": 320, "keep": 3})
@@ -191,8 +192,8 @@ def test_a_killed_rank_loses_nothing_that_was_committed(tmp_path, on_ranks):
     with open(tmp_path / "log", "w") as out:
         first = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         wait_for(tmp_path / "killed/supervision/fm/slice=000001/manifest.json", first)
-        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+        (killed_rank,) = (f["pid"] for f in forked(tmp_path) if f["rank"] == 1)
+        os.kill(killed_rank, signal.SIGKILL)
         assert first.wait(60) != 0
         assert 0 < committed(tmp_path / "killed/checkpoints")[-1].manifest["position"]["slice"] < 8
         subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=True, timeout=100)

@@ -61,7 +61,7 @@ def config_file(folder: Path, name: str, stream: Path, **sections: dict[str, Any
 
 
 def test_a_teacher_a_scorer_and_students_run_together_and_every_example_is_learned_once(
-    exfm: Exfm, stream: Path, tmp_path: Path
+    exfm: Exfm, warm: None, stream: Path, tmp_path: Path
 ) -> None:
     teacher = config_file(tmp_path, "synth_teacher", stream, checkpoint={"snapshots": {"keep": 100}})
     student = config_file(tmp_path, "synth_student", stream)
@@ -98,7 +98,9 @@ def test_a_teacher_a_scorer_and_students_run_together_and_every_example_is_learn
     assert code == 2 and "has no section 'score'" in err
 
 
-def test_train_continues_and_refuses_a_checkpoint_of_another_config(exfm: Exfm, stream: Path, tmp_path: Path) -> None:
+def test_train_continues_and_refuses_a_checkpoint_of_another_config(
+    exfm: Exfm, warm: None, stream: Path, tmp_path: Path
+) -> None:
     teacher = config_file(tmp_path, "synth_teacher", stream)
     assert exfm("train", teacher, "--set", "stream.last=1")[0] == 0
     code, _, err = exfm("train", teacher, "--set", "model.layers=3", "--set", "optim.tables.lr=0.2")
@@ -151,7 +153,9 @@ def test_more_ranks_than_a_batch_has_examples_are_refused(exfm: Exfm, stream: Pa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "unlabelled", "removed"])
-def test_a_damaged_slice_ends_a_job_with_code_2_and_names_the_place(exfm: Exfm, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_slice_ends_a_job_with_code_2_and_names_the_place(
+    exfm: Exfm, warm: None, tmp_path: Path, damage: str
+) -> None:
     stream = tmp_path / "stream"
     synth(str(stream), num_slices=2, rows_per_slice=ROWS, seed=1)
     part = stream / "slice=000001" / "features" / "part-00000.parquet"
@@ -241,15 +245,21 @@ def test_the_demo_takes_data_in_the_documented_order(tmp_path: Path, monkeypatch
 @pytest.mark.data
 @pytest.mark.timeout(600)
 def test_the_demo_on_movielens_ends_with_gains_and_a_report(
-    exfm: Exfm, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exfm: Exfm, warm: None, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EXFM_DATA_DIR", str(data_dir))
-    code, out, err = exfm("demo", "--out", tmp_path, "--json")
+    """On the ratings of three tenths of the users, a third of them in the students' domains."""
+    ratings = pq.read_table(data_dir / "ml1m" / "events.parquet")
+    ratings = ratings.filter(np.isin(ratings.column("user_id").to_numpy() % 20, [1, 5, 11, 15, 3, 7]))
+    (tmp_path / "ml1m").mkdir()
+    pq.write_table(ratings, tmp_path / "ml1m" / "events.parquet")
+    monkeypatch.setenv("EXFM_DATA_DIR", str(tmp_path))
+    code, out, err = exfm("demo", "--out", tmp_path / "demo", "--json")
     assert code == 0, err
     result = json.loads(out)
     assert Path(result["report"]).exists()
-    teacher = json.loads((tmp_path / "teacher" / "summary.json").read_text())
-    assert teacher["examples"] == 1_000_209
+    teacher = json.loads((tmp_path / "demo" / "teacher" / "summary.json").read_text())
+    assert teacher["examples"] == len(ratings)
+    assert [student["domain"] for student in result["students"]] == ["d3", "d7"]
     for student in result["students"]:
         low = student["gain"]["low"]
         assert np.isfinite(low) and low > 0, "distillation must help beyond its interval"

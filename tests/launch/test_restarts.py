@@ -20,10 +20,11 @@ from exfm.trainer.ending import decided, read_exit, write_exit
 from exfm.trainer.env import RankEnv, fresh_part
 from exfm.trainer.ledger import read_ledger
 from tests.launch.test_signals import SLICES, start, stream, trainers, wait_until
+from tests.warm import forked
 
 __all__ = ["stream"]  # the fixture
 
-COMMITS = {"every_slices": 1, "every_examples": 6400}
+COMMITS = {"every_slices": 1, "every_examples": 2560}
 
 
 def start_2(folder: Path, stream: Path, *options: str, **changes: Any) -> "subprocess.Popen[str]":
@@ -33,8 +34,8 @@ def start_2(folder: Path, stream: Path, *options: str, **changes: Any) -> "subpr
 
 
 def rank_pids(folder: Path) -> dict[int, int]:
-    """Process ids of a job's ranks; torchrun itself has none."""
-    found = {}
+    """Process ids of a job's ranks, forked or not; torchrun itself has none."""
+    found = {f["rank"]: f["pid"] for f in forked(folder) if f["rank"] is not None}
     for pid in trainers(folder):
         try:
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -54,7 +55,9 @@ def lines(folder: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_a_job_whose_rank_is_killed_goes_on_from_its_last_commit_by_itself(stream: Path, tmp_path: Path) -> None:
+def test_a_job_whose_rank_is_killed_goes_on_from_its_last_commit_by_itself(
+    warm: None, stream: Path, tmp_path: Path
+) -> None:
     process = start_2(tmp_path, stream, checkpoint=COMMITS)
     wait_until(lambda: committed(tmp_path / "run/checkpoints") and lines(tmp_path) > 2)
     os.kill(rank_pids(tmp_path)[1], signal.SIGKILL)
@@ -83,7 +86,7 @@ def test_without_restarts_a_killed_rank_ends_the_job_and_is_named(stream: Path, 
 
 
 def test_ranks_told_to_stop_by_sigusr1_commit_end_with_75_and_are_not_started_again(
-    stream: Path, tmp_path: Path
+    warm: None, stream: Path, tmp_path: Path
 ) -> None:
     process = start_2(tmp_path, stream)
     wait_until(lambda: lines(tmp_path) > 2)
@@ -96,7 +99,7 @@ def test_ranks_told_to_stop_by_sigusr1_commit_end_with_75_and_are_not_started_ag
     assert audit_run(tmp_path / "run")["repeated"] == 0
 
 
-def test_a_job_that_diverges_is_not_started_again(stream: Path, tmp_path: Path) -> None:
+def test_a_job_that_diverges_is_not_started_again(warm: None, stream: Path, tmp_path: Path) -> None:
     optim = {"dense": {"lr": 1e30, "warmup_steps": 0}, "tables": {"lr": 1e30}}
     process = start_2(tmp_path, stream, optim=optim)
     assert process.wait(120) == 1
@@ -107,7 +110,7 @@ def test_a_job_that_diverges_is_not_started_again(stream: Path, tmp_path: Path) 
     assert word is not None and word["final"] and word["attempt"] == 0
 
 
-def test_under_torchrun_alone_a_users_mistake_is_not_trained_again(stream: Path, tmp_path: Path) -> None:
+def test_under_torchrun_alone_a_users_mistake_is_not_trained_again(warm: None, stream: Path, tmp_path: Path) -> None:
     """The ranks that torchrun starts again see the word of those before and leave."""
     process = start_2(tmp_path, stream)
     wait_until(lambda: lines(tmp_path) > 0)

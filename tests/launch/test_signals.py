@@ -16,9 +16,10 @@ from exfm.checkpoints.commits import committed
 from exfm.data.synth import synth
 from exfm.launch import cli
 from exfm.launch.auditing import audit_run
+from tests.warm import forked
 
 CONFIGS = Path(cli.__file__).resolve().parents[1] / "configs"
-SLICES, ROWS = 3, 15_000
+SLICES, ROWS = 3, 6_000
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """`exfm train` in a process group of its own, as a shell starts it."""
     raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    raw["run"] |= {"folder": str(folder / "run"), "device": "cpu", "log_every_s": 0.2, "nan_check_steps": 2}
+    raw["run"] |= {"folder": str(folder / "run"), "device": "cpu", "log_every_s": 0.1, "nan_check_steps": 2}
     raw["stream"] |= {"path": str(stream), "global_batch": 64}
     raw["checkpoint"] = {"every_slices": 100}
     for section, values in changes.items():
@@ -52,8 +53,8 @@ def wait_until(condition: Any, seconds: float = 150) -> None:
 
 
 def trainers(folder: Path) -> list[int]:
-    """Processes that still run a job of this folder."""
-    found = []
+    """Processes that still run a job of this folder, forked or not."""
+    found = [f["pid"] for f in forked(folder)]
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             text = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -65,7 +66,7 @@ def trainers(folder: Path) -> list[int]:
 
 
 def test_a_stopped_job_commits_ends_with_75_leaves_no_process_and_finishes_when_started_again(
-    stream: Path, tmp_path: Path
+    warm: None, stream: Path, tmp_path: Path
 ) -> None:
     metrics, done = tmp_path / "run" / "metrics.jsonl", 0
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,7 +87,7 @@ def test_a_stopped_job_commits_ends_with_75_leaves_no_process_and_finishes_when_
 
 
 def test_a_student_that_waits_for_supervision_stops_at_once_and_a_second_job_is_kept_out(
-    stream: Path, tmp_path: Path
+    warm: None, stream: Path, tmp_path: Path
 ) -> None:
     learn = {"learn": {"supervision": str(tmp_path / "nobody" / "supervision" / "teacher"), "wait_s": 600}}
     process = start(tmp_path, "synth_student", stream, distillation=learn)

@@ -84,7 +84,7 @@ def test_alone_in_the_world_it_trains_exactly_as_a_real_process_does(kind):
     ],
     ids=["half-precision rows", "weights, means, ids sent ahead", "no table", "a dense part in pieces"],
 )  # fmt: skip
-def test_the_estimate_is_within_a_tenth_of_the_measured_peak(asked):
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(asked, warm):
     expected, found = estimate(asked), dry_run(asked)
     assert found.peak_bytes > 100 * MIB, "too small to say anything"
     assert abs(expected.total - found.peak_bytes) < 0.1 * found.peak_bytes + OBJECTS, (expected, found)

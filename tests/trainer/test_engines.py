@@ -1,5 +1,8 @@
 """Dense engines: the same losses and weights as ddp, checkpoints that any engine continues, memory that is cut."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -80,13 +83,26 @@ def shapes_of(raw: Raw) -> list[tuple[int, ...]]:
     return [tuple(p.shape) for p in served.parameters()]
 
 
+@pytest.fixture(scope="module")
+def begun(stream, tmp_path_factory, rank_pool) -> Callable[[int, str], tuple[Raw, Raw]]:
+    """begun(ranks, engine): the whole job under ddp and the first two slices of it under the engine; each pair is run once."""
+
+    @functools.cache
+    def pair(ranks: int, kind: str) -> tuple[Raw, Raw]:
+        root = tmp_path_factory.mktemp("begun")
+        whole = job(root / "whole", stream, **WIDE)
+        half = job(root / "half", stream, dense_engine={"kind": kind}, stream__last=2, **WIDE)
+        for raw in (whole, half):
+            rank_pool(ranks, cut, raw)
+        return whole, half
+
+    return pair
+
+
 @pytest.mark.parametrize(("before", "after"), [((2, FSDP), (3, {"kind": "ddp"})), ((3, {"kind": "ddp"}), (2, FSDP)), ((2, FSDP), (3, FSDP))])  # fmt: skip
-def test_a_job_continues_under_another_engine(before, after, stream, tmp_path, on_ranks):
+def test_a_job_continues_under_another_engine(before, after, begun, tmp_path, on_ranks):
     """As one that ran under ddp all along, within rounding."""
-    whole = job(tmp_path / "whole", stream, **WIDE)
-    on_ranks(before[0], cut, whole)
-    half = job(tmp_path / "half", stream, dense_engine=before[1], stream__last=2, **WIDE)
-    on_ranks(before[0], cut, half)
+    whole, half = begun(before[0], before[1]["kind"])
     then = replaced(copied(half, tmp_path / "then"), dense_engine=after[1], stream__last=None)
     on_ranks(after[0], cut, then)
     near(last_state(whole), last_state(then))

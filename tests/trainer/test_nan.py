@@ -21,6 +21,16 @@ def stream(tmp_path_factory) -> str:
     return make_stream(tmp_path_factory.mktemp("nan") / "stream").root
 
 
+@pytest.fixture(scope="module")
+def undisturbed(stream, tmp_path_factory) -> dict[str, Raw]:
+    """The job that nothing happens to, finished on one rank, by pipeline."""
+    root, jobs = tmp_path_factory.mktemp("whole"), {}
+    for pipeline in ("base", "sparse_dist"):
+        jobs[pipeline] = teacher(root / pipeline, stream, checkpoint=COMMITS, run__pipeline=pipeline)
+        assert run(jobs[pipeline])[0] == DONE
+    return jobs
+
+
 class Poison:
     """Makes the loss of chosen forward passes NaN, on the last rank alone, in this process."""
 
@@ -55,10 +65,9 @@ def run_poisoned(raw: Raw, steps: set[int]) -> int:
 @pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
 @pytest.mark.parametrize("check", [1, 4, 16])
 @pytest.mark.parametrize("step", [0, 7, 9], ids=["at once", "mid-slice", "last of a slice"])
-def test_a_transient_nan_leaves_no_trace(step, check, pipeline, stream, tmp_path):
-    whole = teacher(tmp_path / "whole", stream, checkpoint=COMMITS, run__pipeline=pipeline)
+def test_a_transient_nan_leaves_no_trace(step, check, pipeline, undisturbed, tmp_path):
+    whole = undisturbed[pipeline]
     raw = replaced(whole, run__folder=str(tmp_path / "run"), run__nan_check_steps=check)
-    run(whole)
     assert run_poisoned(raw, {step}) == DONE
     assert_same_outcome(whole, raw)
     assert audit_run(tmp_path / "run")["examples"] == sum(ROWS)
@@ -103,11 +112,10 @@ def test_restores_can_be_forbidden(stream, tmp_path):
         run_poisoned(raw, {7})
 
 
-def test_weights_that_the_last_update_before_a_commit_spoiled_are_not_committed(stream, tmp_path, monkeypatch):
+def test_weights_that_the_last_update_before_a_commit_spoiled_are_not_committed(undisturbed, tmp_path, monkeypatch):
     """The loss of that step was finite: only the weights show it."""
-    whole = teacher(tmp_path / "whole", stream, checkpoint=COMMITS)
+    whole = undisturbed["base"]
     raw = replaced(whole, run__folder=str(tmp_path / "run"))
-    run(whole)
     original, calls = objective.label_loss, []
 
     def spoiled(logits, labels, weights):

@@ -1,5 +1,8 @@
 """16 bits where they are asked for: near the fp32 job, sent and computed as such, refused where the device has not what is asked."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -19,6 +22,19 @@ def stream(tmp_path_factory) -> str:
     return make_stream(tmp_path_factory.mktemp("precision") / "stream").root
 
 
+@pytest.fixture(scope="module")
+def in_32_bits(stream, tmp_path_factory, rank_pool) -> Callable[..., tuple[Raw, list[float]]]:
+    """in_32_bits(engine, kind, pipeline): the finished job of two ranks and its losses; each is run once."""
+
+    @functools.cache
+    def finished(engine: str, kind: str, pipeline: str) -> tuple[Raw, list[float]]:
+        same = {"sharding__allowed": [kind], "dense_engine": {"kind": engine}, "run__pipeline": pipeline}
+        raw = teacher(tmp_path_factory.mktemp("fp32") / "run", stream, **same)
+        return raw, global_losses(on(rank_pool, 2, raw))
+
+    return finished
+
+
 SENT = {"embeddings_forward": "fp16", "embeddings_backward": "fp16"}
 
 
@@ -34,12 +50,11 @@ SENT = {"embeddings_forward": "fp16", "embeddings_backward": "fp16"}
     ],
 )
 def test_twenty_steps_are_near_those_in_32_bits_and_not_the_same(
-    engine, precision, kind, pipeline, stream, tmp_path, on_ranks
+    engine, precision, kind, pipeline, in_32_bits, tmp_path, on_ranks
 ):
-    same = {"sharding__allowed": [kind], "dense_engine": {"kind": engine}, "run__pipeline": pipeline}
-    plain = teacher(tmp_path / "fp32", stream, **same)
+    plain, expected = in_32_bits(engine, kind, pipeline)
     low = replaced(plain, run__folder=str(tmp_path / "low"), precision=precision)
-    expected, found = (global_losses(on(on_ranks, 2, raw)) for raw in (plain, low))
+    found = global_losses(on(on_ranks, 2, low))
     assert found == pytest.approx(expected, rel=0.02) and found != expected
     a, b = last_state(plain), last_state(low)
     assert {k: v.dtype for k, v in a.items()} == {k: v.dtype for k, v in b.items()}  # what is kept is as before

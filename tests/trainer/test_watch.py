@@ -19,6 +19,7 @@ from exfm.data.errors import UserError
 from exfm.trainer.env import RankEnv
 from exfm.trainer.watch import Beat, Watch, judge
 from tests.trainer.jobs import make_stream, parsed, teacher
+from tests.warm import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = (3200, 3200)  # 100 steps a slice, 2 s at victim.STEP_S
@@ -48,16 +49,7 @@ class Launch:
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) != self.process.pid:
-                    continue
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            found |= {int(v[5:]): int(entry.name) for v in variables if v.startswith(b"RANK=")}
-        return found
+        return {f["rank"]: f["pid"] for f in forked(self.folder.parent) if f["rank"] is not None}
 
     def until_training(self) -> dict[int, int]:
         """Wait until slice 0 has been committed and slice 1 has begun."""
@@ -82,7 +74,7 @@ class Launch:
 
 
 @pytest.fixture
-def launch(tmp_path: Path, stream: str) -> Iterator[Callable[..., Launch]]:
+def launch(warm: None, tmp_path: Path, stream: str) -> Iterator[Callable[..., Launch]]:
     launches: list[Launch] = []
 
     def begin(*args: Any, **run: Any) -> Launch:
@@ -142,9 +134,8 @@ def test_ranks_asked_to_stop_do_not_wait_for_one_that_is_gone(launch: Callable[.
 
 def test_a_rank_stuck_in_python_is_named_with_its_phase_and_its_stack_is_kept(launch: Callable[..., Launch]) -> None:
     job = launch(3, "stuck", 1, hang_s=3.0)
-    pid = None
-    while job.process.poll() is None and pid is None:
-        pid = job.pids().get(1)
+    wait_until(lambda: 1 in job.pids())
+    pid = job.pids()[1]
     assert job.end() == 1
     message = job.word()["message"]
     assert message.startswith(f"rank 1 (host {HOST}, pid {pid}) hangs in 'reading a batch' after step ")
