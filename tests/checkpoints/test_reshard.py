@@ -209,17 +209,27 @@ def test_elsewhere_the_next_five_steps_equal_a_plain_reference_that_never_stoppe
 # ------------------------------------------------------------------------------------- other rows
 
 
+CHAINED = [(2, "column_wise"), (3, "data_parallel"), (2, "row_wise")]
+
+
+@pytest.fixture(scope="module")
+def chained(stream, tmp_path_factory, rank_pool) -> dict[Place, tuple[str, str]]:
+    """By place: the folder of a full commit with three deltas, and the last state in full."""
+    found, often = {}, {"every_slices": 1, "every_examples": 64, "keep": 100, "full_every": 100}
+    for place in CHAINED:
+        root = tmp_path_factory.mktemp("chained")
+        deltas = make(root / "deltas", stream, place, checkpoint=often, stream__last=1)
+        full = replaced(deltas, checkpoint={"every_slices": 1}, run__folder=str(root / "full"))
+        rank_pool(place[0], run_all, [deltas, full])
+        assert [c.kind for c in committed(root / "deltas/checkpoints")] == ["full", "delta", "delta", "delta"]
+        found[place] = str(root / "deltas/checkpoints"), newest(full)
+    return found
+
+
 @pytest.mark.parametrize("target", [(1, "data_parallel"), (3, "column_wise"), (4, "table_row_wise")])
-@pytest.mark.parametrize("source", [(2, "column_wise"), (3, "data_parallel"), (2, "row_wise")])
-def test_deltas_of_one_plan_are_restored_under_another(source, target, stream, tmp_path, on_ranks):
-    chained = {"every_slices": 1, "every_examples": 64, "keep": 100, "full_every": 100}
-    deltas = make(tmp_path / "deltas", stream, source, checkpoint=chained, stream__last=1)
-    full = replaced(deltas, checkpoint={"every_slices": 1}, run__folder=str(tmp_path / "full"))
-    on_ranks(source[0], run_all, [deltas, full])
-    commits = committed(tmp_path / "deltas/checkpoints")
-    assert [c.kind for c in commits] == ["full", "delta", "delta", "delta"]
-    then = make(tmp_path / "run", stream, target)
-    found = on_ranks(target[0], restore_all, then, [(str(tmp_path / "deltas/checkpoints"), newest(full))])
+@pytest.mark.parametrize("source", CHAINED)
+def test_deltas_of_one_plan_are_restored_under_another(source, target, chained, stream, tmp_path, on_ranks):
+    found = on_ranks(target[0], restore_all, make(tmp_path / "run", stream, target), [chained[source]])
     assert [text for wrong, _ in found for text in wrong] == []
 
 
@@ -249,9 +259,7 @@ def test_fp16_rows_and_back_are_exactly_the_rounded_values(target, sources, stre
     for name in rows:
         assert torch.equal(in_half[name], saved[name].half()) and torch.equal(again[name], saved[name].half().float())
         assert not torch.equal(again[name], saved[name])
-    assert (
-        same({n: t for n, t in saved.items() if n not in rows}, {n: t for n, t in again.items() if n not in rows}) == []
-    )
+    assert set(same(saved, again)) == rows
 
 
 @pytest.mark.parametrize("target", [(1, "column_wise"), (2, "row_wise"), (3, "data_parallel"), (4, "table_row_wise")])
@@ -270,11 +278,8 @@ def test_a_table_grown_in_rows_keeps_the_old_ones_and_starts_the_new_ones(target
     tables = {n for n in start if n.startswith("tables.") and n.endswith(".weight") and "viewed" not in n}
     dense = {n for n in start if n.startswith(("dense.", "adam."))}
     assert tables and dense and [n for n in tables | dense if not torch.equal(state[n], saved[n])] == []
-    on(
-        on_ranks,
-        target[0],
-        replaced(copied(source, tmp_path / "job"), stream__last=None, sharding__allowed=[target[1]], **grown),
-    )
+    moved = copied(source, tmp_path / "job")
+    on(on_ranks, target[0], replaced(moved, stream__last=None, sharding__allowed=[target[1]], **grown))
 
 
 @pytest.mark.parametrize(("table", "rows"), [("viewed", 29), ("item", 12), ("item", 14)])

@@ -1,11 +1,13 @@
 """A job that stopped, was killed or moved to other ranks goes on exactly where its last commit was."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,20 @@ def make(kind: str, folder: Path, stream: str, log: Path) -> Raw:
     return teacher(folder, stream) if kind == "teacher" else student(folder, stream, log, "student_adapter")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(stream, log, tmp_path_factory, rank_pool) -> Callable[[str, int, str], Raw]:
+    """undisturbed(kind, ranks, pipeline): a finished job of 16 examples a step; each is run once."""
+
+    @functools.cache
+    def finished(kind: str, ranks: int, pipeline: str) -> Raw:
+        raw = make(kind, tmp_path_factory.mktemp("whole") / "run", stream, log)
+        raw = replaced(raw, run__pipeline=pipeline, stream__global_batch=16)
+        assert {code for code, _ in on(rank_pool, ranks, raw)} == {DONE}
+        return raw
+
+    return finished
+
+
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_runs_of_one_seed_are_bitwise_equal(ranks, kind, stream, log, tmp_path, on_ranks):
@@ -72,10 +88,9 @@ def test_another_seed_starts_and_ends_elsewhere(stream, tmp_path):
 @pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stopping_and_resuming_changes_nothing(ranks, kind, stop, pipeline, stream, log, tmp_path, on_ranks):
-    whole = replaced(make(kind, tmp_path / "whole", stream, log), run__pipeline=pipeline, stream__global_batch=16)
+def test_stopping_and_resuming_changes_nothing(ranks, kind, stop, pipeline, undisturbed, tmp_path, on_ranks):
+    whole = undisturbed(kind, ranks, pipeline)
     halves = replaced(whole, run__folder=str(tmp_path / "halves"))
-    on(on_ranks, ranks, whole)
     assert {code for code, _ in on(on_ranks, ranks, halves, stop)} == {STOPPED}
     position = committed(tmp_path / "halves" / "checkpoints")[-1].manifest["position"]
     assert position["slice"] == (1 if stop == 12 else 2) and bool(position["consumed"]) == (stop == 12)
@@ -183,7 +198,7 @@ def wait_for(path: Path, process: subprocess.Popen, timeout_s: float = 60) -> No
 
 def test_a_killed_rank_loses_nothing_that_was_committed(tmp_path, on_ranks, warm):
     """torchrun with 2 ranks, one killed with SIGKILL between two commits, started again: bitwise the undisturbed run."""
-    stream = make_stream(tmp_path / "stream", (640,) * 8).root
+    stream = make_stream(tmp_path / "stream", (640,) * 5).root
     killed = teacher(tmp_path / "killed", stream, checkpoint={"every_slices": 1, "every_examples": 320, "keep": 3})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(killed))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -195,10 +210,10 @@ def test_a_killed_rank_loses_nothing_that_was_committed(tmp_path, on_ranks, warm
         (killed_rank,) = (f["pid"] for f in forked(tmp_path) if f["rank"] == 1)
         os.kill(killed_rank, signal.SIGKILL)
         assert first.wait(60) != 0
-        assert 0 < committed(tmp_path / "killed/checkpoints")[-1].manifest["position"]["slice"] < 8
+        assert 0 < committed(tmp_path / "killed/checkpoints")[-1].manifest["position"]["slice"] < 5
         subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=True, timeout=100)
     assert json.loads((tmp_path / "killed/exit.json").read_text())["exit_code"] == 0
     whole = replaced(killed, run__folder=str(tmp_path / "whole"))
     on_ranks(2, run, whole)
     assert_same_outcome(whole, killed)
-    assert audit_run(tmp_path / "killed")["examples"] == 8 * 640
+    assert audit_run(tmp_path / "killed")["examples"] == 5 * 640

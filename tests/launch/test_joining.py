@@ -30,7 +30,7 @@ def test_a_killed_joiner_makes_the_stream_that_was_replayed(tmp_path):
     assert exfm("replay", written.root, "--inbox", str(inbox), "--delay", "click=300").returncode == 0
     example = yaml.safe_load((Path(__file__).parents[2] / "configs/join.yaml").read_text())
     paths = {"inbox": str(inbox), "out": str(out), "schema_file": str(inbox / "schema.yaml")}
-    clock = {"clock": {"simulated": {"start": START, "speed": 4_000}}, "poll_s": 0.01}
+    clock = {"clock": {"simulated": {"start": START, "speed": 4_000}}, "poll_s": 0.05}
     config.write_text(yaml.safe_dump(example | paths | clock | {"slices": SLICES}))
     process = subprocess.Popen([*EXFM, "join", str(config), "--follow"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
