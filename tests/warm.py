@@ -31,6 +31,7 @@ SOCKET = "EXFM_TEST_WARM"  # the variable with the server's address
 COLD = subprocess.Popen
 SIGNATURE = inspect.signature(COLD._execute_child)  # type: ignore[attr-defined]
 FAILED = 1 << 8  # the wait status of a process whose server is gone
+HEAD, PID = 16, 12  # bytes: the length of a text, a process id
 
 
 def program_of(command: Any) -> list[str]:
@@ -63,7 +64,7 @@ class Warm(COLD):  # type: ignore[misc,valid-type]
         own = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         fds = [n if fd == -1 else fd for n, fd in enumerate(own)]
         self._link = _ask(what, fds)
-        self.pid = int(_line(self._link))
+        self.pid = int(_exactly(self._link, PID))
         self._link.setblocking(False)
         self._child_created = True
         self._close_pipe_fds(*(asked[n] for n in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
@@ -96,19 +97,20 @@ def _ask(what: dict[str, Any], fds: Sequence[int] = ()) -> socket.socket:
     link.connect(os.environ[SOCKET])
     text = json.dumps(what).encode()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    link.sendmsg([b"%16d" % len(text)], rights)
+    link.sendmsg([b"%*d" % (HEAD, len(text))], rights)
     link.sendall(text)
     return link
 
 
-def _line(link: socket.socket) -> str:
+def _exactly(link: socket.socket, size: int) -> bytes:
+    """No more: what comes next may be there already."""
     text = b""
-    while not text.endswith(b"\n"):
-        piece = link.recv(65536)
+    while len(text) < size:
+        piece = link.recv(size - len(text))
         if not piece:
-            raise RuntimeError("the server of warm processes is gone")
+            raise RuntimeError("the other end of a warm process's connection is gone")
         text += piece
-    return text.decode()
+    return text
 
 
 def forked(under: Path | str = "") -> list[dict[str, Any]]:
@@ -116,7 +118,7 @@ def forked(under: Path | str = "") -> list[dict[str, Any]]:
     if SOCKET not in os.environ:
         return []
     with _ask({"list": True}) as link:
-        found = json.loads(_line(link))
+        found = json.loads(_exactly(link, int(_exactly(link, HEAD))))
     return [f for f in found if any(str(under) in arg for arg in f["args"])]
 
 
@@ -161,28 +163,25 @@ class Server:
         link.close()
 
     def _answer(self, link: socket.socket) -> None:
-        head, fds, _, _ = socket.recv_fds(link, 16, 3)
-        text = b""
-        while len(text) < int(head):
-            text += link.recv(int(head) - len(text))
-        what = json.loads(text)
+        head, fds, _, _ = socket.recv_fds(link, HEAD, 3)
+        what = json.loads(_exactly(link, int(head)))
         if "list" in what:
             shown = [{k: w[k] for k in ("pid", "args", "by", "rank")} for w, _ in self.running.values()]
-            link.sendall(json.dumps(shown).encode() + b"\n")
+            text = json.dumps(shown).encode()
+            link.sendall(b"%*d" % (HEAD, len(text)) + text)
             return link.close()
         rank = what["env"].get("RANK")
         what["rank"] = None if rank is None else int(rank)
         what["pid"] = os.fork()
         if what["pid"] == 0:
-            become(what, fds)
+            become(what, fds, link)
         for fd in fds:
             os.close(fd)
         self.running[os.pidfd_open(what["pid"])] = what, link
-        link.sendall(f"{what['pid']}\n".encode())
         return None
 
 
-def become(what: dict[str, Any], fds: list[int]) -> NoReturn:
+def become(what: dict[str, Any], fds: list[int], link: socket.socket) -> NoReturn:
     """Be a fresh Python with that program, to the end of this process."""
     code = 1
     # no trace of the server's own place in pytest's family of processes
@@ -192,6 +191,7 @@ def become(what: dict[str, Any], fds: list[int]) -> NoReturn:
     try:
         if what["session"]:
             os.setsid()
+        link.sendall(b"%*d" % (PID, os.getpid()))  # now its process group can be signalled
         for n, fd in enumerate(fds):
             os.dup2(fd, n)
         os.closerange(3, 4096)

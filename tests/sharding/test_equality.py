@@ -6,6 +6,7 @@ is away from its float64 twin, plus 4 float32 ulps of the largest value of that 
 where that is another algorithm: column_wise keeps one accumulator per column shard.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from exfm.sharding.plan import read_plan
 from tests.sharding.reference import Reference
-from tests.trainer.jobs import global_losses, job, last_state, make_stream, on, replaced, same, tables_of
+from tests.trainer.jobs import global_losses, job, last_state, make_stream, on, same, tables_of
 from tests.trainer.starts import initial_state
 
 KINDS = ["table_wise", "row_wise", "data_parallel", "column_wise"]
@@ -66,14 +67,23 @@ def agree(
         assert allowed < 1e-4  # the bound means something
 
 
+@pytest.fixture(scope="module")
+def trained(stream, tmp_path_factory, rank_pool) -> Callable[[int, str, str], tuple[list[float], dict[str, Tensor]]]:
+    """trained(ranks, kind, pipeline): (losses, state) of a finished job; each is run once."""
+
+    @cache
+    def finished(ranks: int, kind: str, pipeline: str) -> tuple[list[float], dict[str, Tensor]]:
+        raw = job(tmp_path_factory.mktemp("job") / "run", stream, sharding__allowed=[kind], run__pipeline=pipeline)
+        return global_losses(on(rank_pool, ranks, raw)), last_state(raw)
+
+    return finished
+
+
 @pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_twenty_steps_equal_the_reference(ranks, kind, pipeline, stream, tmp_path, tmp_path_factory, on_ranks):
-    raw = job(tmp_path / "run", stream, sharding__allowed=[kind], run__pipeline=pipeline)
-    records = on(on_ranks, ranks, raw)
-    reference = references(kind, stream, str(tmp_path_factory.getbasetemp()))
-    agree(global_losses(records), last_state(raw), reference)
+def test_twenty_steps_equal_the_reference(ranks, kind, pipeline, trained, stream, tmp_path_factory):
+    agree(*trained(ranks, kind, pipeline), references(kind, stream, str(tmp_path_factory.getbasetemp())))
 
 
 # a type that knows nodes -> the type whose initial state the reference starts from
@@ -101,12 +111,10 @@ def test_the_reference_has_batches_that_no_rank_count_divides():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sparse_dist_is_bitwise_the_base_pipeline(kind, stream, tmp_path, on_ranks):
-    a = job(tmp_path / "a", stream, sharding__allowed=[kind])
-    b = replaced(a, run__folder=str(tmp_path / "b"), run__pipeline="sparse_dist")
-    losses = [global_losses(on(on_ranks, 3, raw)) for raw in (a, b)]
-    assert losses[0] == losses[1]
-    assert same(last_state(a), last_state(b)) == []
+def test_sparse_dist_is_bitwise_the_base_pipeline(kind, trained):
+    (losses, a), (sent_ahead, b) = (trained(3, kind, pipeline) for pipeline in ("base", "sparse_dist"))
+    assert losses == sent_ahead
+    assert same(a, b) == []
 
 
 def test_mixed_sharding_types_in_one_plan_equal_the_reference(stream, tmp_path, tmp_path_factory, on_ranks):

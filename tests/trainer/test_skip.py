@@ -22,6 +22,7 @@ from tests.trainer.jobs import (
     ROWS,
     Raw,
     assert_same_outcome,
+    copied,
     last_state,
     make_stream,
     on,
@@ -139,14 +140,20 @@ def test_what_comes_before_the_window_is_bitwise_the_undisturbed_run(stream, tmp
     assert same(last_state(a), last_state(whole)) != []
 
 
+@pytest.fixture(scope="module")
+def through(stream, tmp_path_factory) -> Raw:
+    """A job that skipped WINDOW and went on to its end."""
+    raw = teacher(tmp_path_factory.mktemp("through") / "run", stream, **SKIP)
+    assert run_spoiled(raw, set(ids_of(1, 70, 71)), "nan") == DONE
+    return raw
+
+
 @pytest.mark.parametrize("stop_after", [8, 10, 14])
 def test_a_job_stopped_and_resumed_around_a_skipped_window_ends_as_the_one_that_went_through(
-    stop_after, stream, tmp_path
+    stop_after, through, tmp_path
 ):
-    through = teacher(tmp_path / "through", stream, **SKIP)
     stopped = replaced(through, run__folder=str(tmp_path / "stopped"))
     poison = set(ids_of(1, 70, 71))
-    run_spoiled(through, poison, "nan")
     assert run_spoiled(stopped, poison, "nan", stop_after) == 75
     assert run_spoiled(stopped, poison, "nan") == DONE
     assert_same_outcome(through, stopped)
@@ -180,9 +187,8 @@ def test_fail_ends_the_job_at_the_first_bad_loss(stream, tmp_path):
     assert not bad_losses(tmp_path / "run")
 
 
-def test_a_gap_that_the_ledger_does_not_record_still_fails_the_audit(stream, tmp_path):
-    raw = teacher(tmp_path / "run", stream, **SKIP)
-    run_spoiled(raw, set(ids_of(1, 70, 71)), "nan")
+def test_a_gap_that_the_ledger_does_not_record_still_fails_the_audit(through, tmp_path):
+    copied(through, tmp_path / "run")
     fs, root = open_folder(tmp_path / "run")
     entries = read_ledger(fs, f"{root}/ledger.parquet")
     write_ledger(fs, f"{root}/ledger.parquet", [e for e in entries if not e.skipped] + [Entry(9, 0, 1, 0, 1, 0)])
@@ -191,10 +197,8 @@ def test_a_gap_that_the_ledger_does_not_record_still_fails_the_audit(stream, tmp
 
 
 @pytest.mark.parametrize("method", ["single_head", "student_adapter"])
-def test_a_student_takes_skipped_examples_for_examples_without_a_prediction(method, stream, tmp_path):
-    raw = teacher(tmp_path / "fm", stream, **SKIP)
-    run_spoiled(raw, set(ids_of(1, 70, 71)), "nan")
-    pupil = student(tmp_path / "vm", stream, tmp_path / "fm/supervision/fm", method)
+def test_a_student_takes_skipped_examples_for_examples_without_a_prediction(method, through, stream, tmp_path):
+    pupil = student(tmp_path / "vm", stream, Path(through["run"]["folder"]) / "supervision/fm", method)
     with pytest.raises(UserError, match=f"no prediction for example {ids_of(1, 64, 65)[0]} of slice 1.*label_only"):
         run(pupil)
     lenient = replaced(pupil, run__folder=str(tmp_path / "vm2"))
@@ -300,11 +304,10 @@ def test_scores_do_not_count_what_was_seen_before_the_restore(stream, tmp_path):
     assert scores(late) == scores(later)
 
 
-def test_two_ranks_and_one_skip_the_same_window(stream, tmp_path, on_ranks):
-    one = teacher(tmp_path / "one", stream, **SKIP)
+def test_two_ranks_and_one_skip_the_same_window(through, tmp_path, on_ranks):
+    one = copied(through, tmp_path / "one")
     two = replaced(one, run__folder=str(tmp_path / "two"))
     poison = set(ids_of(1, 70, 71))
-    run_spoiled(one, poison, "nan")
     on_ranks(2, run_spoiled, two, poison, "nan")
     assert [r["skipped"] for r in bad_losses(tmp_path / "one")] == [r["skipped"] for r in bad_losses(tmp_path / "two")]
     assert on(on_ranks, 1, one)[0][0] == DONE  # a finished job stays as it is
