@@ -82,7 +82,7 @@ def build(
     for shard in shards:
         fill_initial(shard.weight, shard.table, config.tables[shard.table], config.run.seed, shard.row, shard.column)
     # ddp comes after the tables are sharded: it must not see their parameters
-    if config.dense_engine.kind == "ddp":
+    if config.dense_engine.kind == "ddp" and env.world_size > 1:
         objective.served = ddp(served, device)
         config.precision.compress(objective.served)
     groups: list[nn.Module] = [served]
