@@ -93,8 +93,8 @@ def run(
         away[1] += time.process_time() - begun[1]
 
     model.train_step, model.eval_step = timed, evaluated
-    loader = NpzDataLoader(features, str(folder / "train.npz"), "train", BATCH, shuffle=True)
-    scored = NpzDataLoader(features, str(folder / "test.npz"), "test", BATCH)
+    loader = NpzDataLoader(features, str(folder / "train.npz"), batch_size=BATCH, shuffle=True)
+    scored = NpzDataLoader(features, str(folder / "test.npz"), batch_size=BATCH)
     model.fit(loader, epochs=EPOCHS if test else 1, validation_data=scored)
     found = {"marks": marks, "parameters": sum(p.numel() for p in model.parameters())}
     return found | ({"auc": float(model.evaluate(scored, metrics=["AUC"])["AUC"])} if test else {})
