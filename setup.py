@@ -30,6 +30,6 @@ setup(
         "typer",
         "xxhash",
     ],
-    extras_require={"deepspeed": ["deepspeed==0.19.8"], "s3": ["s3fs"]},
+    extras_require={"deepspeed": ["deepspeed==0.19.8"], "s3": ["s3fs"], "peers": ["fuxictr==2.3.10", "packaging"]},
     entry_points={"console_scripts": ["exfm = exfm.launch.cli:main"]},
 )

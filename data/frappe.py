@@ -25,27 +25,36 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid"), "test": ("
 REMEDY = "name a folder with frappe.train.libfm, frappe.validation.libfm and frappe.test.libfm, or train, valid and test.parquet"
 
 
-def prepare_frappe(source: Path, out: str, num_slices: int = 50, progress: Progress | None = None) -> Stream:
+def prepare_frappe(
+    source: Path, out: str, num_slices: int = 50, progress: Progress | None = None, epochs: int = 1
+) -> Stream:
     """Write a stream with `num_slices` slices of training and one each of validation and test, which stream.json names in `extra`.
+
+    epochs: the training examples are written so many times, each in slices of its own; with `stream.shuffle_window` a job has
+    every slice in another order.
 
     UserError for a missing file and one of another form, naming it and the line.
     """
+    if epochs < 1:
+        raise UserError(f"--epochs is {epochs}; the training examples are written at least once")
     tables = {}
     for number, split in enumerate(SPLITS):
         tables[split] = _read(_find(source, split))
         if progress:
             progress("reading", number + 1, len(SPLITS))
     cuts, row = [], 0
-    for split, table in tables.items():
+    passes = [("train", tables["train"])] * epochs + [(split, tables[split]) for split in ("validation", "test")]
+    for split, table in passes:
         wanted = num_slices if split == "train" else 1
         cuts += [
             Cut(c.row0 + row, c.row1 + row, c.t0 + row, c.t1 + row) for c in equal_slices(np.arange(len(table)), wanted)
         ]
         row += len(table)
     number = pa.array(np.arange(row))
-    table = pa.concat_tables(tables.values())
+    table = pa.concat_tables([table for _, table in passes])
     columns = {name: column_array(table, name) for name in (*FIELDS, "used")}
-    extra = {"first_slice": {"train": 0, "validation": num_slices, "test": num_slices + 1}}
+    trained = num_slices * epochs
+    extra = {"first_slice": {"train": 0, "validation": trained, "test": trained + 1}}
     return write_stream(
         out,
         SCHEMA,

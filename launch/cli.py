@@ -262,6 +262,7 @@ def data_prepare(
     schema: Annotated[Path | None, typer.Option(help="schema YAML (parquet)")] = None,
     slices: Annotated[int, typer.Option(help="number of slices of about equal size; frappe: of training")] = 50,
     rows: Annotated[int, typer.Option(help="examples per slice (criteo)")] = 1_000_000,
+    epochs: Annotated[int, typer.Option(help="how many times the training examples are written (frappe)")] = 1,
     window_s: Annotated[int | None, typer.Option(help="seconds per slice instead of --slices (parquet)")] = None,
     drop_extra: Annotated[bool, typer.Option(help="ignore columns that the schema does not name (parquet)")] = False,
     as_json: Json = False,
@@ -281,7 +282,7 @@ def data_prepare(
         if name == "criteo":
             criteo.prepare_criteo(source, str(out), rows, Bars())
         else:
-            frappe.prepare_frappe(source, str(out), slices, Bars())
+            frappe.prepare_frappe(source, str(out), slices, Bars(), epochs)
     elif name == "parquet":
         if source is None or schema is None:
             raise UserError("data prepare parquet needs --source FILE|FOLDER and --schema FILE")

@@ -53,8 +53,9 @@ class EmbeddingLayer(nn.Module):
         parts += [pooled_bp[:, start:stop] for start, stop in self.spans]
         for mlp, spans in zip(self.group_mlps, self.group_spans, strict=True):
             parts.append(mlp(torch.cat([pooled_bp[:, start:stop] for start, stop in spans], dim=1)))
+        together = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         # The count is given because a view of 0 examples cannot infer it.
-        return torch.cat(parts, dim=1).unflatten(1, (self.num_embeddings, self.width))
+        return together.unflatten(1, (self.num_embeddings, self.width))
 
     def size(self) -> ModelSize:
         return self._size

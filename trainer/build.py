@@ -108,7 +108,7 @@ def build(
     # engines come after the tables are sharded: they must not see their parameters
     zero = None
     groups: list[nn.Module] = [served]
-    if config.dense_engine.kind == "ddp":
+    if config.dense_engine.kind == "ddp" and env.world_size > 1:
         objective.served = ddp(served, device)
         config.precision.compress(objective.served)
     elif config.dense_engine.kind == "deepspeed":

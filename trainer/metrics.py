@@ -54,7 +54,9 @@ class Metrics:
             loss = np.logaddexp(0.0, logits) - labels * logits
         w = p.weights[:, None].astype(np.float64) * observed
         sums = np.stack([observed.astype(np.float64), w, w * labels, w * probability, w * loss], axis=2)
-        draws = self._draws(p.users) if evaluated and len(self.replicates) else None
+        # all examples of a user are drawn alike, so their sums are
+        users, of_user = np.unique(p.users, return_inverse=True)
+        draws = self._draws(users) if evaluated and len(self.replicates) else None
         for group in range(len(self.slice)):
             rows = slice(None) if group == 0 else p.domain == group - 1
             part = sums[rows]
@@ -64,10 +66,12 @@ class Metrics:
             self.total[group] += part.sum(axis=0)
             self._add_histogram(group, logits[rows], labels[rows], w[rows])
             if draws is not None:
-                self.replicates[:, group] += np.einsum("br,btk->rtk", draws[rows], part[:, :, 1:], optimize=True)
+                columns = part[:, :, 1:].reshape(len(part), -1).T
+                by_user = np.stack([np.bincount(of_user[rows], column, len(users)) for column in columns])
+                self.replicates[:, group] += (by_user @ draws).T.reshape(self.replicates[:, group].shape)
 
     def _draws(self, users: NDArray[np.int64]) -> F64:
-        """Poisson(1) weights [b, r], a function of (user, replicate): equal for every job, clustered by user."""
+        """Poisson(1) weights [u, r], a function of (user, replicate): equal for every job, clustered by user."""
         words = -(-len(self.replicates) // 4)
         keys = hash64(users)[:, None] + np.arange(words, dtype=np.uint64)[None, :]
         bits = hash64(keys.view(np.int64)).view(np.uint16)[:, : len(self.replicates)]

@@ -137,10 +137,11 @@ class Objective(nn.Module):
         with self.computing(pooled.device):
             logits, x = self.served(batch.dense, pooled)
         logits = logits.float()  # losses are fp32
-        total = batch.weights.sum()
-        dist.all_reduce(total)
+        total, world = batch.weights.sum(), dist.get_world_size()
+        if world > 1:
+            dist.all_reduce(total)
         # a step whose examples all weigh 0 has loss 0
-        scale = torch.where(total > 0, dist.get_world_size() / total, 0.0)
+        scale = torch.where(total > 0, world / total, 0.0)
         sampled = logits + self.offsets
         loss = label_loss(sampled, batch.labels, batch.weights)
         if self.learn is not None:
@@ -221,6 +222,8 @@ class JoinPooled(nn.Module):
         self.once = tuple(f for f in features if f in once)
 
     def forward(self, pooled: list[KeyedTensor], ids: list[KeyedJaggedTensor], repeats: Tensor | None) -> Tensor:
+        if len(pooled) == 1 and not self.mean and not self.once and tuple(pooled[0].keys()) == self.features:
+            return pooled[0].values().float()  # side by side already
         found = {key: value.float() for kt in pooled for key, value in kt.to_dict().items()}
         for kjt in ids if self.mean else []:
             share = 1.0 / kjt.lengths().view(len(kjt.keys()), -1).clamp(min=1).float()  # [features, b]

@@ -54,4 +54,4 @@ def test_training_flops_of_the_three_largest_presets_are_within_a_tenth_of_the_p
     gflop = {name: 3 * preset_size(name).flops_per_example / 1e9 for name in NAMES}
     fitting = [name for name in NAMES if within_a_tenth(gflop[name], PAPER_ROWS[name].gflop)]
     assert fitting == ["wukong-22g", "wukong-61g", "wukong-108g"]
-    assert [round(value, 2) for value in gflop.values()] == [0.40, 0.84, 1.38, 5.02, 22.92, 58.03, 116.40]
+    assert [round(value, 2) for value in gflop.values()] == [0.39, 0.81, 1.36, 4.99, 22.86, 57.96, 116.27]

@@ -1,0 +1,145 @@
+"""exfm's job beside what a team would otherwise use: `exfm bench peers [--data frappe,criteo] [--peers ...] [--rounds N] [--compile]`.
+
+Wukong l=2, n_F = n_L = 16, k = 8, d = 32, batch 4,096, fp32, on CPU. frappe: real, needs EXFM_DATA_DIR with frappe; all peers train the
+same two epochs and are scored on the test split with frozen weights. criteo: Criteo-shaped, 13 dense columns, 26 tables with --rows rows.
+
+Every run is a process of its own, peers take turns, medians over the rounds. Speed is counted from the end of the first step to
+the end of the last: without start-up and without evaluation. exfm's includes its reader, metrics, log and commits; the plain PyTorch peers
+have their batches in memory. Examples per CPU second is what a busy machine still measures: give it --threads 1.
+Writes peers.json and peers.md under --out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _peers_fuxictr
+from benchmarks._peers_torch import KINDS
+from benchmarks.plan import say
+from exfm.data.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PEERS = ("exfm", "fuxictr", *KINDS)
+DEFAULT = {"frappe": "exfm,fuxictr,dense,adagrad,joined", "criteo": "exfm,dense,adagrad,sparse_adam,joined"}
+LEARNING = {"frappe": (0.001, 0.2), "criteo": (0.001, 0.05)}  # of the dense part, of the tables
+
+
+def run_once(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    path = out / "spec.json"
+    path.write_text(json.dumps(spec))
+    (result := path.with_suffix(".result.json")).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks._peers_run", str(path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not result.exists():
+        raise RuntimeError(f"peer {spec['peer']} failed on {spec['data']}:\n{ended.stderr[-3000:]}")
+    return json.loads(result.read_text())  # type: ignore[no-any-return]
+
+
+def measure(data: str, o: argparse.Namespace, data_dir: str | None) -> dict[str, Any]:
+    """Median speeds of every peer, the AUCs, and exfm's items."""
+    lr, tables_lr = LEARNING[data]
+    spec = {
+        "data": data, "folder": str((o.out / data).absolute()), "source": str(Path(data_dir or "") / "frappe"), "rows": o.rows,
+        "threads": o.threads, "fuxictr": str(o.fuxictr), "lr": lr, "tables_lr": tables_lr, "items": False,
+    }  # fmt: skip
+    peers = (o.peers or DEFAULT[data]).split(",")
+    peers = [p for p in peers if data == "frappe" or p != "fuxictr"]
+    rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
+    (o.out / data).mkdir(parents=True, exist_ok=True)
+    for number in range(o.rounds):
+        for peer in peers:
+            compiled = o.compile and peer not in ("fuxictr", "dense")
+            own = {"peer": peer, "examples": o.examples or (0 if data == "frappe" else 50 * 4096), "compiled": compiled}
+            rows[peer].append(found := run_once(spec | own, o.out / data))
+            say(f"{data}, round {number + 1}, {peer}: {found['examples_per_s']:,.0f} examples/s")
+    own = {"peer": "exfm", "examples": o.examples or 20 * 4096, "compiled": o.compile, "items": True}
+    items = run_once(spec | own, o.out / data) if "exfm" in peers and o.items else {}
+    return {
+        "data": data,
+        "rows": rows,
+        "items": items.get("items_us"),
+        "products_alone_us": items.get("products_alone_us"),
+    }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    medians = {
+        (peer, key): statistics.median(r[key] for r in found)
+        for peer, found in rows.items()
+        for key in ("examples_per_s", "examples_per_cpu_s")
+    }
+    lines = [
+        "| peer | parameters | examples/s (lowest, highest) | examples per CPU second | exfm by it, wall | exfm by it, CPU | test AUC |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for peer, found in rows.items():
+        speed, cpu = medians[peer, "examples_per_s"], medians[peer, "examples_per_cpu_s"]
+        all_speeds = [r["examples_per_s"] for r in found]
+        ours = [medians.get(("exfm", k), float("nan")) for k in ("examples_per_s", "examples_per_cpu_s")]
+        scores = [r["auc"] for r in found if "auc" in r]
+        score = f"{statistics.median(scores):.4f}" if scores else "not scored"
+        lines.append(
+            f"| {peer} | {found[0]['parameters']:,} | {speed:,.0f} ({min(all_speeds):,.0f}, {max(all_speeds):,.0f}) | {cpu:,.0f} | "
+            f"{ours[0] / speed:.2f} | {ours[1] / cpu:.2f} | {score} |"
+        )
+    return lines
+
+
+def markdown(results: list[dict[str, Any]], o: argparse.Namespace) -> str:
+    lines = [f"{o.threads} threads, batch 4,096, fp32{', torch.compile' if o.compile else ''}, {o.rounds} rounds.", ""]
+    for result in results:
+        lines += [f"**{result['data']}**", "", *table(result), ""]
+        if result["items"]:
+            whole, alone = sum(result["items"].values()), result["products_alone_us"]
+            lines += [
+                f"exfm's step, {whole:.1f} us per example under the profiler; its products alone at their shapes: {alone:.1f}",
+                "",
+            ]
+            lines += ["| part | us per example | share |", "|---|---|---|"]
+            lines += [f"| {k} | {us:.1f} | {us / whole:.2f} |" for k, us in result["items"].items()] + [""]
+    return "\n".join(lines)
+
+
+def main(args: list[str], data_dir: str | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="exfm bench peers", description=__doc__)
+    parser.add_argument("--data", default="frappe,criteo", help="of frappe, criteo")
+    parser.add_argument("--peers", default="", help="of " + ", ".join(PEERS))
+    parser.add_argument("--fuxictr", type=Path, help="a checkout of FuxiCTR's repository")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--examples", type=int, default=0, help="trained at most; 0: all of Frappe, 50 batches of criteo"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=10_000_000, help="of all criteo tables; `dense` holds them four times, in fp32"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--compile", action="store_true", help="exfm with dense_engine.compile, plain PyTorch with torch.compile"
+    )
+    parser.add_argument("--items", action="store_true", help="also where exfm's step goes, under torch's profiler")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/peers"))
+    o = parser.parse_args(args)
+    data, named = o.data.split(","), o.peers.split(",") if o.peers else []
+    if wrong := [d for d in data if d not in DEFAULT]:
+        raise UserError(f"--data names {', '.join(wrong)}; there are: {', '.join(DEFAULT)}")
+    if wrong := [p for p in named if p not in PEERS]:
+        raise UserError(f"--peers names {', '.join(wrong)}; there are: {', '.join(PEERS)}")
+    if "frappe" in data and "fuxictr" in (named or PEERS):
+        _peers_fuxictr.check(o.fuxictr)
+    if "frappe" in data and data_dir is None:
+        raise UserError(
+            "exfm bench peers needs Frappe: set EXFM_DATA_DIR to a folder that has frappe, or give --data criteo"
+        )
+    results = [measure(d, o, data_dir) for d in data]
+    o.out.mkdir(parents=True, exist_ok=True)
+    (o.out / "peers.json").write_text(
+        json.dumps({"threads": o.threads, "compiled": o.compile, "results": results}, indent=1)
+    )
+    (o.out / "peers.md").write_text(text := markdown(results, o))
+    print(text)
+    return 0
