@@ -30,7 +30,7 @@ from exfm.data.manifest import open_stream
 from exfm.data.movielens import prepare
 from exfm.trainer.anatomy import IN_STEP, STAGES
 from exfm.trainer.anatomy import REMEDIES as STAGE_REMEDIES
-from exfm.trainer.config import JobConfig, check_against_stream, load_config
+from exfm.trainer.config import JobConfig, load_config
 from exfm.trainer.trace import trace_path
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,6 @@ def sentence(kinds: dict[str, float]) -> str:
 def follow(config: JobConfig, sets: list[str], path: Path, folder: Path, pipeline: str, o: argparse.Namespace) -> None:
     """Run the job until its traced steps are done."""
     stream = open_stream(config.stream.path, config.stream.labels)
-    check_against_stream(config, stream)
     # half of the steps after the first ones are traced, half give the time of a step
     wanted, steps, last = o.first + 2 * o.steps, 0, config.stream.first
     while steps < wanted and last < (stream.info.num_slices or 0):
