@@ -97,30 +97,44 @@ def figure(result: Result, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    bayes = result["bayes_ne"]
     with plt.rc_context({"svg.hashsalt": "scaling"}):
-        fig, axes = plt.subplots(figsize=(9, 5.5))
-        for a in architectures(result):
-            _draw(axes, a, list(cells(result, a)), result["laws"][a]["offset"])
-        if result["bayes_ne"] is not None:
-            axes.axhline(result["bayes_ne"], color="#888888", ls="--", lw=1, label="lowest reachable (Bayes)")
-        axes.set(xscale="log", xlabel="training FLOPs per example", ylabel="NE, progressive, end of one pass")
+        # the lowest reachable NE is far below: it has a short axis of its own
+        strips = {"height_ratios": [1] if bayes is None else [9, 1], "hspace": 0.08}
+        fig, found = plt.subplots(
+            1 if bayes is None else 2, figsize=(10, 5.5), sharex=True, squeeze=False, gridspec_kw=strips
+        )
+        axes, lowest = found[0, 0], found[-1, 0]
+        for place, a in enumerate(architectures(result)):
+            _draw(axes, a, list(cells(result, a)), result["laws"][a]["offset"], 1.03 ** (place - 1))
+        if bayes is not None:
+            lowest.axhline(bayes, color="#888888", ls="--", lw=1)
+            lowest.set(yticks=[bayes], yticklabels=[f"{bayes:.4f}\nBayes"], ylim=(bayes - 0.005, bayes + 0.005))
+            lowest.spines.top.set_visible(False)
+            axes.spines.bottom.set_visible(False)
+            axes.tick_params(axis="x", which="both", length=0)
+        axes.set(xscale="log", ylabel="NE, progressive, end of one pass")
+        lowest.set(xlabel="training FLOPs per example")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-        fig.tight_layout()
-        fig.savefig(path, metadata={"Date": None})
+        fig.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         plt.close(fig)
 
 
-def _draw(axes: Any, architecture: str, own: list[tuple[Result, list[float]]], law: Result) -> None:
+def _draw(axes: Any, architecture: str, own: list[tuple[Result, list[float]]], law: Result, aside: float) -> None:
+    """aside: factor on FLOPs that keeps the marks of architectures apart."""
     name, colour, marker = NAMES[architecture], COLOURS[architecture], MARKERS[architecture]
     x = np.array([run["flops"] for run, _ in own], np.float64)
     mean = np.array([np.mean(ne) for _, ne in own])
-    spread = [[m - min(ne) for m, (_, ne) in zip(mean, own, strict=True)], [max(ne) - m for m, (_, ne) in zip(mean, own, strict=True)]]  # fmt: skip
-    style = {"color": colour, "ls": "none", "capsize": 3}
-    axes.errorbar(x[:-1], mean[:-1], [s[:-1] for s in spread], marker=marker, label=f"{name}, measured", **style)
-    axes.errorbar(x[-1:], mean[-1:], [s[-1:] for s in spread], marker=marker, mfc="white", ms=8, label=f"{name}, held out", **style)  # fmt: skip
+    spread = np.array([[m - min(ne), max(ne) - m] for m, (_, ne) in zip(mean, own, strict=True)]).T
+    style = {"color": colour, "ls": "none", "capsize": 3, "marker": marker}
+    axes.errorbar(aside * x[:-1], mean[:-1], spread[:, :-1], label=f"{name}: mean of seeds, range", **style)
     along = np.geomspace(x[0], x[-1], 100)
-    axes.plot(along, Law(**law["law"]).at(along), color=colour, lw=1.2, label=f"{name}, fitted without it")
+    fitted = "law" if law["law"]["scale"] else "no law (level)"
+    axes.plot(
+        along, Law(**law["law"]).at(along), color=colour, lw=1.2, label=f"{name}: {fitted}, fitted without the largest"
+    )
+    axes.errorbar(aside * x[-1:], mean[-1:], spread[:, -1:], mfc="white", ms=8, label=f"{name}, held out", **style)
     low, high = law["interval"]
-    aside = x[-1] * 1.08  # so that the prediction is not drawn over what was measured
-    axes.errorbar([aside], [law["predicted"]], [[law["predicted"] - low], [high - law["predicted"]]], marker="x", color=colour, lw=1, label=f"{name}, predicted, 95%")  # fmt: skip
+    below, above = max(0.0, law["predicted"] - low), max(0.0, high - law["predicted"])
+    axes.errorbar([1.25 * aside**2 * x[-1]], [law["predicted"]], [[below], [above]], **style | {"marker": "x"}, lw=1, label=f"{name}: predicted for it, 95%")  # fmt: skip

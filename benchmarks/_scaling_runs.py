@@ -29,7 +29,7 @@ from exfm.trainer.run import run_job
 # Strong preferences of 8 latent dimensions, weighed differently in each of 8 domains: a product of three embeddings. They do not
 # drift and no ids arrive, so that what limits a model is what it can compute and how fast it learns.
 WORLD: Raw = {
-    "num_slices": 8, "rows_per_slice": 20_000, "seed": 7, "num_users": 100, "num_items": 50, "num_groups": 10, "num_domains": 8,
+    "num_slices": 8, "rows_per_slice": 20_000, "seed": 7, "num_users": 40, "num_items": 25, "num_groups": 10, "num_domains": 8,
     "width": 8, "growth": 0.0, "drift": 0.0, "affinity": 2.0, "domain_gain": 1.0,
 }  # fmt: skip
 WIDTH = 8  # of every embedding that interacts; users and items have four, as the paper gives to features that matter
@@ -146,12 +146,12 @@ class Runner:
         self.stream = stream.fs.cat_file(f"{stream.root}/stream.json").decode()
         self.done = self.reused = 0
 
-    def run(self, size: Size, rates: Rates, seed: int, last: int | None = None) -> Raw:
-        """NE and more of a finished run; trained unless its file is there. last: one past the last slice."""
+    def run(self, size: Size, rates: Rates, seed: int) -> Raw:
+        """NE and more of a finished run; trained unless its file is there."""
         raw = changed(self.study.raw, {
             "model": size.model, "optim.dense.lr": rates.dense, "optim.tables.lr": rates.tables, "run.seed": seed,
             "run.device": "cpu", "checkpoint": {"every_slices": 100_000}, "evaluation.bootstrap": 0,
-        } | ({} if last is None else {"stream.last": last}))  # fmt: skip
+        })  # fmt: skip
         raw["run"] |= {"name": size.architecture, "folder": str(self.out / "job"), "threads_per_rank": self.threads}
         content = json.dumps({k: v for k, v in raw.items() if k != "run"} | {"seed": seed}, sort_keys=True)
         digest = hashlib.sha256((content + self.stream).encode()).hexdigest()[:16]

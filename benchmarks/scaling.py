@@ -3,7 +3,7 @@
 Sizes of Wukong over two decades of training FLOPs per example, and DLRM and DCN-V2 of equal FLOPs, each for one pass over the
 synthetic stream (whose lowest reachable NE is known) or over a prepared stream of the user's (Criteo, say) with the features and
 tables of a config. NE is progressive, over the last slices. The law is fitted without the largest size, which it then predicts.
-Learning rates are searched for per architecture at two smaller sizes, on another seed, and continued along the line between them.
+Learning rates are searched for per architecture at two smaller sizes, on another seed; larger ones take those of the upper one.
 Writes scaling.json, .md and .svg under --out; what has been run is not run again.
 """
 
@@ -19,15 +19,13 @@ import torch
 from benchmarks._distill_runs import say
 from benchmarks._scaling_fit import FORMS, MIN_SIZES, predict
 from benchmarks._scaling_report import figure, markdown
-from benchmarks._scaling_runs import Rates, Runner, Study, bayes, given, synthetic
+from benchmarks._scaling_runs import Rates, Runner, bayes, given, synthetic
 from benchmarks._scaling_sizes import CONFIGS, Raw, Size, ladder
 from exfm.data.errors import UserError
-from exfm.data.manifest import open_stream
 
 EVALUATED = 0.5
-TUNING_SEED, TUNING_SHARE = 1000, 0.5
-DENSE, TABLES = (0.001, 0.002, 0.004, 0.008), (0.1, 0.2, 0.4)
-BEYOND = 1.5
+TUNING_SEED = 1000
+DENSE_LOW, DENSE_HIGH, TABLES = (0.002, 0.004, 0.008), (0.001, 0.002, 0.004), (0.1, 0.2, 0.4)
 QUICK: Raw = {"num_slices": 4, "rows_per_slice": 10_000}
 
 
@@ -108,43 +106,30 @@ def run(runner: Runner, architectures: list[str], num: int, seeds: range) -> dic
 
 
 def tune(runner: Runner, sizes: list[Size]) -> dict[str, Any]:
-    """Dense rates that were best at two rungs on the first half of the stream, and the rate of tables, best at the lower one."""
+    """Dense rates that were best at two rungs, and the rate of tables, best at the lower one: the whole pass, another seed."""
     low, high = len(sizes) // 6, len(sizes) // 2
-    last = tuning_slices(runner.study)
-    trials: list[Raw] = []
+    trials: dict[tuple[int, Rates], Raw] = {}
 
     def best(rung: int, rates: list[Rates]) -> Rates:
-        found = [(runner.run(sizes[rung], r, TUNING_SEED, last), r) for r in rates]
-        trials.extend(result for result, _ in found)
-        return min(found, key=lambda f: f[0]["ne"])[1]
+        found = {(rung, r): runner.run(sizes[rung], r, TUNING_SEED) for r in rates}
+        trials.update(found)
+        return min(found, key=lambda key: found[key]["ne"])[1]
 
-    first = best(low, [Rates(d, TABLES[1]) for d in DENSE])
+    first = best(low, [Rates(d, TABLES[1]) for d in DENSE_LOW])
     at_low = best(low, [Rates(first.dense, t) for t in TABLES])
-    at_high = best(high, [Rates(d, at_low.tables) for d in DENSE])
+    at_high = best(high, [Rates(d, at_low.tables) for d in DENSE_HIGH])
     say(f"{sizes[0].architecture}: {at_low} at rung {low}, {at_high} at rung {high}")
     return {
         "rungs": [low, high], "dense": [at_low.dense, at_high.dense], "tables": at_low.tables,
-        "cpu_seconds": sum({(t["rung"], t["lr_dense"], t["lr_tables"]): t["cpu_seconds"] for t in trials}.values()),
-        "trials": [[t["rung"], t["lr_dense"], t["lr_tables"], t["ne"]] for t in trials],
+        "cpu_seconds": sum(t["cpu_seconds"] for t in trials.values()),
+        "trials": [[rung, r.dense, r.tables, t["ne"]] for (rung, r), t in trials.items()],
     }  # fmt: skip
 
 
-def tuning_slices(study: Study) -> int:
-    """One past the last slice that tuning sees."""
-    s = study.raw["stream"]
-    first, last = s.get("first", 0), s.get("last") or open_stream(study.stream).info.num_slices
-    if last is None:
-        raise UserError(f"stream {study.stream} is still open; set stream.last in the config")
-    return int(first + max(2, round(TUNING_SHARE * (last - first))))
-
-
 def rates_of(tuned: dict[str, Any], rung: int) -> Rates:
-    """The dense rate on the line, on logarithmic axes, through the two that were tuned.
-
-    Beyond them it is carried on only where it falls, and no further than half of their distance.
-    """
+    """The dense rate on the line, on logarithmic axes, between the two that were tuned; outside, the nearer of them."""
     (low, high), (a, b) = tuned["rungs"], np.log(tuned["dense"])
-    share = float(np.clip((rung - low) / (high - low), 0.0, BEYOND if b < a else 1.0))
+    share = float(np.clip((rung - low) / (high - low), 0.0, 1.0))
     return Rates(float(f"{np.exp(a + (b - a) * share):.4g}"), tuned["tables"])
 
 
