@@ -150,6 +150,9 @@ def _constraints(
         allowed = own.types or config.allowed
         rows = table.num_embeddings
         possible = [t for t in allowed if not (t in ("row_wise", "table_row_wise") and rows < ranks)]
+        if ranks == 1 and possible != ["data_parallel"]:
+            # a copy on every rank saves what is sent; alone it only loses the fused optimiser
+            possible = [t for t in possible if t != "data_parallel"] or possible
         if not possible:
             raise UserError(
                 f"table '{name}' has {rows} rows, too few for {' or '.join(allowed)} over {ranks} ranks; "

@@ -19,7 +19,8 @@ def check_batch(config: JobConfig, plan: Plan, world_size: int) -> None:
     dense = dense_memory(config, batch, world_size)
     tables = int(plan.by_rank("hbm" if cuda else "host").max(initial=0.0))
     weights = dense.weights + dense.gradients + dense.optimiser
-    activations = max(dense.forward, dense.backward)
+    # what is traced is fp32; under bf16 the largest are half of it
+    activations = max(dense.forward, dense.backward) // (2 if config.precision.dense == "bf16" else 1)
     available = topology.hbm_bytes if cuda else topology.host_bytes
     if tables + weights + activations <= available:
         return
@@ -31,5 +32,5 @@ def check_batch(config: JobConfig, plan: Plan, world_size: int) -> None:
     raise UserError(
         f"a step of {batch} examples a rank does not fit: {activations / GIB:.1f} GiB of activations beside {tables / GIB:.1f} GiB of "
         f"tables and {weights / GIB:.1f} GiB of dense weights and Adam's state, {available / GIB:.1f} GiB available; {remedy}, or "
-        "precision.dense: bf16"
+        "precision.dense: bf16, or dense_engine.activation_checkpointing: true (Wukong)"
     )

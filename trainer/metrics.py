@@ -66,7 +66,7 @@ class Metrics:
             self.total[group] += part.sum(axis=0)
             self._add_histogram(group, logits[rows], labels[rows], w[rows])
             if draws is not None:
-                columns = part[:, :, 1:].reshape(len(part), -1).T
+                columns = part[:, :, 1:].reshape(len(part), 4 * part.shape[1]).T
                 by_user = np.stack([np.bincount(of_user[rows], column, len(users)) for column in columns])
                 self.replicates[:, group] += (by_user @ draws).T.reshape(self.replicates[:, group].shape)
 

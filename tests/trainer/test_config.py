@@ -54,7 +54,7 @@ def test_an_unknown_key_like_no_other_gets_all_that_are_allowed(raw):
     [
         ({"run__seed": "seven"}, "'run.seed' is 'seven'"),
         ({"optim__tables__lr": -1}, "'optim.tables.lr' is -1: Input should be greater than 0"),
-        ({"run__pipeline": "fast"}, "'run.pipeline' is 'fast': Input should be 'base' or 'sparse_dist'"),
+        ({"run__pipeline": "fast"}, "'run.pipeline' is 'fast': Input should be 'base', 'sparse_dist' or 'prefetch'"),
         ({"tables__user__rows": 0}, "'tables.user.rows' is 0"),
         ({"model__rank": "many"}, "'model.rank' is 'many'"),
         ({"sharding__allowed": ["rowwise"]}, "'sharding.allowed.0' is 'rowwise'.*'row_wise'"),

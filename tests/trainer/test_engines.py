@@ -59,6 +59,18 @@ def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.allclose(value.double(), b[name].double(), rtol=1e-3, atol=2e-4), name
 
 
+@pytest.fixture(scope="module")
+def as_ddp(stream, tmp_path_factory, rank_pool) -> Callable[[int], tuple[Raw, list[float]]]:
+    """as_ddp(ranks): a teacher under ddp and its losses, run once."""
+
+    @functools.cache
+    def finished(ranks: int) -> tuple[Raw, list[float]]:
+        raw = teacher(tmp_path_factory.mktemp("ddp") / "run", stream, **WIDE)
+        return raw, global_losses(rank_pool(ranks, cut, raw))
+
+    return finished
+
+
 @pytest.mark.parametrize(
     ("ranks", "engine"),
     [
@@ -70,38 +82,30 @@ def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         "2 copies of 2 shards",
     ],
 )
-def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, stream, tmp_path, on_ranks):
-    plain = teacher(tmp_path / "ddp", stream, **WIDE)
+def test_fifty_steps_have_the_losses_of_ddp(ranks, engine, as_ddp, tmp_path, on_ranks):
+    plain, losses = as_ddp(ranks)
     sharded = replaced(plain, run__folder=str(tmp_path / "cut"), dense_engine=engine)
-    losses = [global_losses(on_ranks(ranks, cut, raw)) for raw in (plain, sharded)]
-    assert len(losses[0]) == 50 and losses[1] == pytest.approx(losses[0], rel=2e-5)
+    found = global_losses(on_ranks(ranks, cut, sharded))
+    assert len(losses) == 50 and found == pytest.approx(losses, rel=2e-5)
     near(last_state(plain), last_state(sharded))
 
 
+@pytest.fixture(scope="module")
+def student_as_ddp(as_ddp, stream, tmp_path_factory, rank_pool) -> tuple[Raw, list[float]]:
+    """A student with heads, adapter, AdamW, clipping and warm-up under ddp, and its losses."""
+    log = f"{as_ddp(2)[0]['run']['folder']}/supervision/fm"
+    plain = student(tmp_path_factory.mktemp("student") / "ddp", stream, log, "student_adapter", **WIDE)
+    adamw = {"kind": "adamw", "lr": 0.01, "eps": 1e-6, "weight_decay": 0.1, "clip_norm": 0.3, "warmup_steps": 5}
+    plain = replaced(plain, optim__dense=adamw)
+    return plain, global_losses(rank_pool(2, cut, plain))
+
+
 @pytest.mark.parametrize("engine", [ZERO_1, ZERO_2, ZERO_3], ids=["zero 1", "zero 2", "zero 3"])
-def test_a_student_with_heads_and_adapter_learns_as_under_ddp(engine, stream, tmp_path, on_ranks):
-    """Heads, adapter, AdamW, clipping and warm-up beside ZeRO, over a restart."""
-    taught = teacher(tmp_path / "teacher", stream, **WIDE)
-    on_ranks(2, cut, taught)
-    log = tmp_path / "teacher/supervision/fm"
-    plain = student(tmp_path / "ddp", stream, log, "student_adapter", **WIDE)
-    plain = replaced(
-        plain,
-        optim__dense={
-            "kind": "adamw",
-            "lr": 0.01,
-            "eps": 1e-6,
-            "weight_decay": 0.1,
-            "clip_norm": 0.3,
-            "warmup_steps": 5,
-        },
-    )
+def test_a_student_learns_beside_zero_as_under_ddp_over_a_restart(engine, student_as_ddp, tmp_path, on_ranks):
+    plain, losses = student_as_ddp
     sharded = replaced(plain, run__folder=str(tmp_path / "cut"), dense_engine=engine)
-    losses = [global_losses(on_ranks(2, cut, plain))]
-    losses += [
-        global_losses(on_ranks(2, cut, replaced(sharded, stream__last=1))) + global_losses(on_ranks(2, cut, sharded))
-    ]
-    assert len(losses[0]) == 50 and losses[1] == pytest.approx(losses[0], rel=2e-5)
+    found = [global_losses(on_ranks(2, cut, raw)) for raw in (replaced(sharded, stream__last=1), sharded)]
+    assert len(losses) == 50 and found[0] + found[1] == pytest.approx(losses, rel=2e-5)
     near(last_state(plain), last_state(sharded))
 
 

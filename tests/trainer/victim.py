@@ -1,9 +1,12 @@
 """A rank process that takes its time and, on one rank, goes wrong in a chosen way: `torchrun -m tests.trainer.victim CONFIG FAULT RANK`."""
 
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
+from exfm.data.batch import Batch
 from exfm.data.reader import SliceReader
 from exfm.trainer import __main__ as rank
 from exfm.trainer.commits import Commits
@@ -15,18 +18,19 @@ STEP_S, FAULT_AT = 0.02, 40
 
 def slow_reader(fault: str) -> None:
     """Every batch takes STEP_S; the FAULT_AT-th one never comes (stuck) or is an error (raise)."""
-    read, count = SliceReader._batch, []
+    read, count = SliceReader.batches, itertools.count(1)
 
-    def batch(self: SliceReader, piece: Any) -> Any:
-        time.sleep(STEP_S)
-        count.append(piece)
-        if len(count) == FAULT_AT and fault == "stuck":
-            time.sleep(1000)
-        if len(count) == FAULT_AT and fault == "raise":
-            raise ValueError("this rank cannot go on")
-        return read(self, piece)
+    def batches(self: SliceReader, *args: Any, **named: Any) -> Iterator[Batch]:
+        for batch in read(self, *args, **named):
+            time.sleep(STEP_S)
+            number = next(count)
+            if number == FAULT_AT and fault == "stuck":
+                time.sleep(1000)
+            if number == FAULT_AT and fault == "raise":
+                raise ValueError("this rank cannot go on")
+            yield batch
 
-    SliceReader._batch = batch  # type: ignore[method-assign]
+    SliceReader.batches = batches  # type: ignore[method-assign]
 
 
 def slow_commit(seconds: float) -> None:
