@@ -15,7 +15,6 @@ import torch
 
 from benchmarks import _peers_fuxictr
 from benchmarks._peers_data import EPOCHS, Held, World, auc, criteo, frappe, held, job_of, sizes_of
-from benchmarks._peers_items import itemised
 from benchmarks._peers_torch import Trainer
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv, process_group
@@ -60,7 +59,7 @@ def train_exfm(spec: dict[str, Any], config: JobConfig, world: World) -> dict[st
         job.pipeline.run = timed  # type: ignore[method-assign]
         found: dict[str, Any] = {"marks": marks, "parameters": _parameters(config, job)}
         with contextlib.suppress(Enough):
-            itemised(job, found) if spec["items"] else job.train()
+            job.train()
         if world.test is not None:
             test = _batches(job, config, world.test)
             with torch.no_grad():

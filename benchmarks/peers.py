@@ -6,7 +6,7 @@ same two epochs and are scored on the test split with frozen weights. criteo: Cr
 Every run is a process of its own, peers take turns, medians over the rounds. Speed is counted from the end of the first step to
 the end of the last: without start-up and without evaluation. exfm's includes its reader, metrics, log and commits; the plain PyTorch peers
 have their batches in memory. Examples per CPU second is what a busy machine still measures: give it --threads 1.
-Writes peers.json and peers.md under --out.
+Writes peers.json, ratios.json and peers.md under --out. Where exfm's step goes: `exfm bench step`.
 """
 
 import argparse
@@ -40,11 +40,11 @@ def run_once(spec: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def measure(data: str, o: argparse.Namespace, data_dir: str | None) -> dict[str, Any]:
-    """Median speeds of every peer, the AUCs, and exfm's items."""
+    """Every peer's runs: speeds and, of Frappe, test AUC."""
     lr, tables_lr = LEARNING[data]
     spec = {
         "data": data, "folder": str((o.out / data).absolute()), "source": str(Path(data_dir or "") / "frappe"), "rows": o.rows,
-        "threads": o.threads, "fuxictr": str(o.fuxictr), "lr": lr, "tables_lr": tables_lr, "items": False,
+        "threads": o.threads, "fuxictr": str(o.fuxictr), "lr": lr, "tables_lr": tables_lr,
     }  # fmt: skip
     peers = (o.peers or DEFAULT[data]).split(",")
     peers = [p for p in peers if data == "frappe" or p != "fuxictr"]
@@ -56,23 +56,33 @@ def measure(data: str, o: argparse.Namespace, data_dir: str | None) -> dict[str,
             own = {"peer": peer, "examples": o.examples or (0 if data == "frappe" else 50 * 4096), "compiled": compiled}
             rows[peer].append(found := run_once(spec | own, o.out / data))
             say(f"{data}, round {number + 1}, {peer}: {found['examples_per_s']:,.0f} examples/s")
-    own = {"peer": "exfm", "examples": o.examples or 20 * 4096, "compiled": o.compile, "items": True}
-    items = run_once(spec | own, o.out / data) if "exfm" in peers and o.items else {}
+    return {"data": data, "rows": rows}
+
+
+def medians_of(rows: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, str], float]:
+    """Of every (peer, speed)."""
     return {
-        "data": data,
-        "rows": rows,
-        "items": items.get("items_us"),
-        "products_alone_us": items.get("products_alone_us"),
-    }
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    rows = result["rows"]
-    medians = {
         (peer, key): statistics.median(r[key] for r in found)
         for peer, found in rows.items()
         for key in ("examples_per_s", "examples_per_cpu_s")
     }
+
+
+def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
+    """exfm by every other peer, in examples per CPU second, for `exfm bench guard`."""
+    found = {}
+    for result in results:
+        medians = medians_of(result["rows"])
+        ours = medians.get(("exfm", "examples_per_cpu_s"))
+        for peer in result["rows"]:
+            if ours is not None and peer != "exfm":
+                found[f"{result['data']}, exfm / {peer}"] = ours / medians[peer, "examples_per_cpu_s"]
+    return found
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    medians = medians_of(rows)
     lines = [
         "| peer | parameters | examples/s (lowest, highest) | examples per CPU second | exfm by it, wall | exfm by it, CPU | test AUC |",
         "|---|---|---|---|---|---|---|",
@@ -94,14 +104,6 @@ def markdown(results: list[dict[str, Any]], o: argparse.Namespace) -> str:
     lines = [f"{o.threads} threads, batch 4,096, fp32{', torch.compile' if o.compile else ''}, {o.rounds} rounds.", ""]
     for result in results:
         lines += [f"**{result['data']}**", "", *table(result), ""]
-        if result["items"]:
-            whole, alone = sum(result["items"].values()), result["products_alone_us"]
-            lines += [
-                f"exfm's step, {whole:.1f} us per example under the profiler; its products alone at their shapes: {alone:.1f}",
-                "",
-            ]
-            lines += ["| part | us per example | share |", "|---|---|---|"]
-            lines += [f"| {k} | {us:.1f} | {us / whole:.2f} |" for k, us in result["items"].items()] + [""]
     return "\n".join(lines)
 
 
@@ -121,7 +123,6 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     parser.add_argument(
         "--compile", action="store_true", help="exfm with dense_engine.compile, plain PyTorch with torch.compile"
     )
-    parser.add_argument("--items", action="store_true", help="also where exfm's step goes, under torch's profiler")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/peers"))
     o = parser.parse_args(args)
     data, named = o.data.split(","), o.peers.split(",") if o.peers else []
@@ -140,6 +141,7 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     (o.out / "peers.json").write_text(
         json.dumps({"threads": o.threads, "compiled": o.compile, "results": results}, indent=1)
     )
+    (o.out / "ratios.json").write_text(json.dumps(ratios(results), indent=1))
     (o.out / "peers.md").write_text(text := markdown(results, o))
     print(text)
     return 0

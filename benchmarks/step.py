@@ -3,7 +3,7 @@
 Runs the job as `exfm train` would, once for each pipeline, and follows some of its steps with torch.profiler: a Chrome trace of every rank (open it in
 Perfetto), a table of where a step's time is exposed, and one sentence that names the bottleneck and what to change. --run FOLDER
 reads the traces of a job that was run with `run.trace`. Without --config the MovieLens teacher's. The step's time is that of the steps that were
-not traced. Writes step.json and step.md under --out.
+not traced. Writes step.json, ratios.json and step.md under --out.
 """
 
 import argparse
@@ -167,6 +167,9 @@ def main(args: list[str], data_dir: str | None = None) -> int:
             )
             runs[word] = measure(folder) | {"untraced_s": untraced(folder, o.first, o.steps)}
     (o.out / "step.json").write_text(json.dumps(runs, indent=1))
+    first = {name: run["ranks"][0] for name, run in runs.items()}
+    ratios = {f"{PRODUCTS} / step, {name}": r["kinds"].get(PRODUCTS, 0.0) / r["step_s"] for name, r in first.items()}
+    (o.out / "ratios.json").write_text(json.dumps(ratios, indent=1))  # for `exfm bench guard`
     (o.out / "step.md").write_text(text := markdown(runs))
     print(text)
     return 0
