@@ -166,9 +166,12 @@ def dense_bytes(engine: DenseEngineConfig, module: nn.Module, world_size: int) -
     return SHARD_BYTES * -(-parameters // engine.shards(world_size)) + 4 * max(gathered(module))
 
 
+COMPILER = "inductor"
+
+
 def compiled(module: nn.Module) -> None:
     """Compile a module's forward in place, once for any number of examples: an engine's own hooks stay outside."""
-    module.forward = torch.compile(module.forward, dynamic=True)  # type: ignore[method-assign]
+    module.forward = torch.compile(module.forward, dynamic=True, backend=COMPILER)  # type: ignore[method-assign]
 
 
 def ddp(module: nn.Module, device: torch.device) -> nn.Module:
