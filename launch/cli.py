@@ -237,12 +237,19 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(run(json=as_json))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+# --help after a name is the benchmark's own
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    no_args_is_help=True,
+)
 def bench(
     context: typer.Context, name: Annotated[str, typer.Argument(help="a file of benchmarks/, for instance distill")]
 ) -> None:
     """Run a measurement of benchmarks/; further options are its own (NAME --help)."""
     names = sorted(p.stem for p in (CHECKOUT / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
+    if name == "--help":
+        print(f"{context.get_help()}\nThere are: {', '.join(names)}")
+        return
     if not names:
         raise UserError("benchmarks/ is not here; run `exfm bench` from a checkout of exfm")
     if name not in names:
