@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks._movielens import movielens
 from exfm.data.batch import Batch
-from exfm.data.errors import UserError
 from exfm.data.manifest import Stream, open_stream
-from exfm.data.movielens import prepare
 from exfm.data.reader import open_slice
+from exfm.trainer.anatomy import Anatomy
 from exfm.trainer.build import build
 from exfm.trainer.columns import batch_columns
 from exfm.trainer.config import JobConfig, load_config
@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, config: JobConfig, stream: Stream) -> None:
         self.config, self.stream, self.columns = config, stream, batch_columns(config, stream)
-        self.pipeline = Pipeline("base", build(config, RankEnv(), CPU, (0.0,)), CPU)
+        self.pipeline = Pipeline("base", build(config, RankEnv(), CPU, (0.0,)), CPU, Anatomy(CPU))
         self.reading: list[float] = []
         self.stepping: list[float] = []
         self.examples = self.ids = 0
@@ -89,12 +89,11 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], dest="sets", help="override a key of the config")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/clustered"))
     o = parser.parse_args(args)
-    if data_dir is None:
-        raise UserError("exfm bench clustered needs MovieLens-1M: set EXFM_DATA_DIR to a folder that has ml1m")
-    if not (o.out / "ml1m/stream.json").exists():
-        prepare(Path(data_dir) / "ml1m/events.parquet", str(o.out / "ml1m"))
-    sets = [f"stream.path={o.out / 'ml1m'}", "distillation={}", *o.sets]
-    stream = open_stream(str(o.out / "ml1m"))
+    if o.slices < 2:
+        raise UserError(f"--slices is {o.slices}; a spread needs 2 or more")
+    path = movielens(o.out, data_dir, "clustered")
+    sets = [f"stream.path={path}", "distillation={}", *o.sets]
+    stream = open_stream(str(path))
     with process_group(RankEnv(), CPU, 60.0):
         runs = {
             name: Run(load_config(ROOT / "configs/movielens_teacher.yaml", sets + own, JobConfig), stream)

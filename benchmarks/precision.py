@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks._movielens import movielens
 from benchmarks.plan import say
-from exfm.data.errors import UserError
-from exfm.data.movielens import prepare
 
 ROOT = Path(__file__).parents[1]
 SENT = {"precision.embeddings_forward": "fp16", "precision.embeddings_backward": "fp16"}
@@ -82,11 +81,7 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     parser.add_argument("--slices", type=int, default=20, help="of 50")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/precision"))
     o = parser.parse_args(args)
-    if data_dir is None:
-        raise UserError("exfm bench precision needs MovieLens-1M: set EXFM_DATA_DIR to a folder that has ml1m")
-    stream = o.out / "stream"
-    if not (stream / "stream.json").exists():
-        prepare(Path(data_dir) / "ml1m/events.parquet", str(stream))
+    stream = movielens(o.out, data_dir, "precision")
     rows: dict[str, list[dict[str, Any]]] = {}
     for setting in SETTINGS:
         for seed in range(o.seeds):

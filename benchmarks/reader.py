@@ -18,9 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm.data.errors import UserError
+from benchmarks._movielens import movielens
 from exfm.data.manifest import Stream, open_stream, slice_folder
-from exfm.data.movielens import prepare
 from exfm.data.reader import open_slice
 from exfm.trainer.columns import batch_columns
 from exfm.trainer.config import JobConfig, check_against_stream, load_config
@@ -70,13 +69,7 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     o = parser.parse_args(args)
     sets = list(o.sets)
     if o.config is None:
-        if data_dir is None:
-            raise UserError(
-                "exfm bench reader needs --config, or MovieLens-1M: set EXFM_DATA_DIR to a folder that has ml1m"
-            )
-        if not (o.out / "ml1m/stream.json").exists():
-            prepare(Path(data_dir) / "ml1m/events.parquet", str(o.out / "ml1m"))
-        sets.append(f"stream.path={o.out / 'ml1m'}")
+        sets.append(f"stream.path={movielens(o.out, data_dir, 'reader', '--config, or ')}")
     config = load_config(o.config or ROOT / "configs/movielens_teacher.yaml", sets, JobConfig)
     stream = open_stream(config.stream.path, config.stream.labels)
     check_against_stream(config, stream)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks._movielens import movielens
 from benchmarks._step_trace import (
     COLLECTIVES,
     COPIES,
@@ -27,7 +28,6 @@ from benchmarks._step_trace import (
 )
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
-from exfm.data.movielens import prepare
 from exfm.trainer.anatomy import IN_STEP, STAGES
 from exfm.trainer.anatomy import REMEDIES as STAGE_REMEDIES
 from exfm.trainer.config import JobConfig, load_config
@@ -151,13 +151,7 @@ def main(args: list[str], data_dir: str | None = None) -> int:
         path, sets = o.config, list(o.sets)
         if path is None:
             path = ROOT / "configs/movielens_teacher.yaml"
-            if data_dir is None:
-                raise UserError(
-                    "exfm bench step needs --config, or MovieLens-1M: set EXFM_DATA_DIR to a folder that has ml1m"
-                )
-            if not (o.out / "ml1m/stream.json").exists():
-                prepare(Path(data_dir) / "ml1m/events.parquet", str(o.out / "ml1m"))
-            sets.append(f"stream.path={o.out / 'ml1m'}")
+            sets.append(f"stream.path={movielens(o.out, data_dir, 'step', '--config, or ')}")
         config = load_config(path, sets, JobConfig)
         for pipeline in o.pipelines.split(","):
             folder = o.out / pipeline

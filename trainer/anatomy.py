@@ -126,11 +126,13 @@ class Anatomy:
 
 
 class Pace:
-    """What a rank reached between two lines of the log. flops: of one example's training, matrix products alone (3 x forward)."""
+    """What a rank reached between two lines of the log. flops: of one example's training, matrix products alone (3 x forward);
+    examples: of the job so far, those before a restart among them.
+    """
 
-    def __init__(self, anatomy: Anatomy, flops: float, peak: float | None, world_size: int) -> None:
+    def __init__(self, anatomy: Anatomy, flops: float, peak: float | None, world_size: int, examples: int = 0) -> None:
         self.anatomy, self.flops, self.peak, self.world_size = anatomy, flops, peak, world_size
-        self.seconds, self.examples = anatomy.seconds(), 0
+        self.seconds, self.examples = anatomy.seconds(), examples
 
     def since(self, examples: int) -> dict[str, Any]:
         """Since the last call: seconds per stage, FLOP/s of a rank and, where its device's peak is known, MFU. examples: of the job."""
@@ -154,7 +156,7 @@ class Pace:
         return {} if self.peak is None else {"mfu": reached / self.peak}
 
 
-# (share of all time from which a stage is worth a word, what to change)
+# what to change where a stage takes most
 REMEDIES = {
     STARTING: "the job is short; nothing to change for a longer one",
     WAITING: "training is ahead of its data or its teacher; nothing to change here, or fewer ranks",

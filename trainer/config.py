@@ -269,21 +269,17 @@ def check_replicas(config: JobConfig) -> None:
     """UserError for what does not go with replicas of tables: whatever follows single rows, and types that need a node to themselves."""
     if config.sharding.replicas == 1:
         return
-    snapshots = config.checkpoint.snapshots
-    rows = {
-        "checkpoint.full_every": (config.checkpoint.full_every, 1),
-        "checkpoint.staging": (
-            config.checkpoint.staging,
-            "bounded" if config.checkpoint.staging == "bounded" else "full",
-        ),
-        "checkpoint.snapshots.full_every": (1 if snapshots is None else snapshots.full_every, 1),
-    }
-    for key, (value, fits) in rows.items():
-        if value != fits:
-            raise UserError(
-                f"{key} is {value}, but sharding.replicas {config.sharding.replicas} are averaged row by row without a trace of which "
-                f"rows changed; use {fits}, or replicas: 1"
-            )
+    c = config.checkpoint
+    by_row: list[tuple[str, Any, Any]] = [("checkpoint.full_every", c.full_every, 1)] if c.full_every > 1 else []
+    if c.staging == "copy_on_write":
+        by_row.append(("checkpoint.staging", c.staging, "full"))
+    if c.snapshots is not None and c.snapshots.full_every > 1:
+        by_row.append(("checkpoint.snapshots.full_every", c.snapshots.full_every, 1))
+    for key, value, fits in by_row:
+        raise UserError(
+            f"{key} is {value}, but sharding.replicas {config.sharding.replicas} are averaged row by row without a trace of which "
+            f"rows changed; use {fits}, or replicas: 1"
+        )
     kinds = {*config.sharding.allowed, *(k for t in config.sharding.tables.values() for k in t.types or ())}
     if on_nodes := sorted(kinds & {"table_row_wise", "table_column_wise", "grid_shard"}):
         raise UserError(

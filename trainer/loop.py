@@ -92,8 +92,6 @@ class Job:
         self.ledger_path = f"{root}/ledger.parquet"
         self.progress = Progress(self.slices.start, 0, 0, "", 0, 0, 0.0)
         self.begin_from(Origin())
-        flops, peak = 3 * self.built.served.size().flops_per_example, peak_flops(device, config.precision)
-        self.pace = Pace(self.anatomy, flops, peak, env.world_size)
         learn = config.distillation.learn
         tasks = config.heads.tasks
         self.teachers = None if learn is None else Teachers(learn, tasks, self.stream, self.slices.start)
@@ -151,7 +149,8 @@ class Job:
         if self.progress.slice == self.slices.stop and (self.folder / "summary.json").exists():
             self.log.say("finished before; nothing to do")
             return True
-        self.anatomy.mark(WAITING)
+        flops, peak = 3 * self.built.served.size().flops_per_example, peak_flops(self.device, self.config.precision)
+        self.pace = Pace(self.anatomy, flops, peak, self.env.world_size, self.progress.examples)
         finished = self._train()
         self.commits.wait()
         if finished:

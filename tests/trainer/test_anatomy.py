@@ -133,6 +133,17 @@ def test_an_interval_has_its_own_shares_and_flops(monkeypatch: pytest.MonkeyPatc
     assert line["mfu"] == line["flops_per_s"] / 60.0
 
 
+def test_the_first_interval_after_a_restart_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    own = Anatomy(torch.device("cpu"))
+    own.load({"begun_at": 0.0, "seconds": dict.fromkeys(STAGES, 1000.0)})
+    own.mark(FORWARD)
+    pace = Pace(own, 12.0, None, 1, 5_000)
+    clock.spend(2.0)
+    line = pace.since(5_100)
+    assert line["stages"] == dict.fromkeys(STAGES, 0.0) | {FORWARD: 2.0} and line["flops_per_s"] == 12.0 * 100 / 2.0
+
+
 def ranges(path: Path) -> Counter[str]:
     with gzip.open(path) as f:
         events = json.load(f)["traceEvents"]
