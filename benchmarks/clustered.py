@@ -16,6 +16,7 @@ import torch
 
 from benchmarks._movielens import movielens
 from exfm.data.batch import Batch
+from exfm.data.errors import UserError
 from exfm.data.manifest import Stream, open_stream
 from exfm.data.reader import open_slice
 from exfm.trainer.anatomy import Anatomy
