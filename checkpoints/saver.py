@@ -280,12 +280,16 @@ class Saver:
         self._aside("its snapshot", lambda: request.after_commit(found))
         if self.config.compact_after and self.deltas >= self.config.compact_after:
             self._aside("merging its deltas", lambda: self._compact(found))
-        keep, keep_every, current = self.config.keep, self.config.keep_every, self.base.name
+        self.tidy(self.base.name)
+        return None
+
+    def tidy(self, current: str) -> None:
+        """Remove commits past `checkpoint.keep` and what was never committed. current: a commit that stays. All ranks call."""
+        keep, keep_every = self.config.keep, self.config.keep_every
         self._aside(
             "removing old commits",
             lambda: from_rank_0(lambda: clean(self.storage, keep, keep_every, current, self.say), self.group),
         )
-        return None
 
     def _aside(self, what: str, act: Callable[[], Any]) -> None:
         """Failures are the same on all ranks, so all go on together."""

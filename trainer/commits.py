@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from exfm.checkpoints.canonical import boxes
 from exfm.checkpoints.commits import Committed, committed, nonsense
+from exfm.checkpoints.keeping import clean
 from exfm.checkpoints.saver import Request, Saver
 from exfm.checkpoints.snapshots import publish, refuse, snapshot_name
 from exfm.checkpoints.sources import NotFinite
@@ -169,6 +170,7 @@ class Commits:
         job.log.say(f"resumed from {found.folder}: slice {p.slice}, {p.consumed} examples into it, step {p.step}")
         if (due := found.manifest.get("snapshot")) is not None:
             self._publish_missing(due, found)
+        self.saver.tidy(found.name)  # a job that died removing an old commit may have none left to make
         return True
 
     def _publish_missing(self, index: int, found: Committed) -> None:
@@ -176,6 +178,9 @@ class Commits:
         there = from_rank_0(lambda: any(s.name == snapshot_name(index) for s in committed(self._snapshots())))
         if not there and self.config.snapshots is not None:
             self._publish(index, found.manifest["version"], found)
+        elif self.config.snapshots is not None:
+            keep = self.config.snapshots.keep
+            from_rank_0(lambda: clean(self._snapshots(), keep, 0))
 
     def _snapshots(self) -> Storage:
         folder = self.config.snapshots.folder if self.config.snapshots else ""

@@ -196,6 +196,16 @@ def test_a_commit_without_manifest_is_not_resumed_from_and_is_cleaned_up(stream,
     assert {"step=00000015", "step=00000017"}.isdisjoint(folders(raw))
 
 
+def test_a_finished_job_that_died_removing_an_old_commit_removes_it_when_run_again(stream, tmp_path):
+    raw = teacher(tmp_path / "run", stream)
+    run(raw)
+    kept = folders(raw)
+    shutil.copytree(committed(checkpoints(raw))[0].folder, checkpoints(raw) / "step=00000003")
+    (checkpoints(raw) / "step=00000003/manifest.json").unlink()
+    assert run(raw)[0] == DONE
+    assert folders(raw) == kept
+
+
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "index.json", "manifest.json"])
 @pytest.mark.parametrize("damage", [flip(0.5), truncate, Path.unlink], ids=["flip", "truncate", "unlink"])
 def test_a_damaged_snapshot_is_refused_by_name_and_a_new_one_published(file, damage, stream, tmp_path):
