@@ -1,5 +1,6 @@
 """What the peers are trained on: streams for exfm, and the same batches held in memory for the others."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from benchmarks.dense import SMALL
+from benchmarks.dense import SIZES, SMALL
+from exfm.data.batch import Batch
 from exfm.data.criteo import CATEGORIES, COUNTS, SCHEMA
 from exfm.data.cut import Cut, write_stream
 from exfm.data.frappe import prepare_frappe
@@ -19,7 +21,7 @@ from exfm.trainer.config import JobConfig, parse_config, read_raw
 
 ROOT = Path(__file__).parents[1]
 BATCH, EPOCHS = 4096, 2
-MODEL = {"kind": "wukong", **SMALL, "dense_embeddings": 1}
+MODELS = {"small": SMALL} | {name: SIZES[name][-1] for name in ("l8n32", "l8n96")}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Held:
     labels: Tensor
 
 
+def model_of(name: str) -> dict[str, Any]:
+    return {"kind": "wukong", **MODELS[name], "dense_embeddings": 1}
+
+
 def frappe(source: Path, folder: Path, examples: int) -> World:
     """Real Frappe, two epochs, each in an order of its own. examples: train on so many of the first epoch; 0: on all."""
     path = folder / "stream"
@@ -55,7 +61,7 @@ def table_rows(total: int) -> list[int]:
     return [max(1, round(rows * total / sum(own))) for rows in own]
 
 
-def criteo(folder: Path, examples: int, total: int) -> World:
+def criteo(folder: Path, examples: int, total: int, model: str = "small", batch: int = BATCH) -> World:
     """Criteo-shaped: 13 dense columns, 26 ids from Zipf's law with exponent 1, labels by chance. total: rows of all tables."""
     path, sizes = folder / f"stream-{total}-{examples}", table_rows(total)
     if not (path / "stream.json").exists():
@@ -71,11 +77,11 @@ def criteo(folder: Path, examples: int, total: int) -> World:
         write_stream(str(path), SCHEMA, made, [Cut(0, examples, 0, examples)])
     raw = read_raw(ROOT / "configs/criteo.yaml", [])
     raw["tables"] = {
-        name: {"rows": rows, "width": MODEL["width"]} for name, rows in zip(CATEGORIES, sizes, strict=True)
+        name: {"rows": rows, "width": MODELS[model]["width"]} for name, rows in zip(CATEGORIES, sizes, strict=True)
     }
     raw["features"]["sparse"] = [{"name": c, "table": c, "ids": "identity"} for c in CATEGORIES]
-    raw["stream"] = {"path": str(path), "global_batch": BATCH, "last": 1}
-    return World(_finished(raw, folder), None)
+    raw["stream"] = {"path": str(path), "global_batch": batch, "last": 1}
+    return World(_finished(raw, folder, model), None)
 
 
 def zipf(random: np.random.Generator, rows: int, n: int) -> np.ndarray:
@@ -83,20 +89,25 @@ def zipf(random: np.random.Generator, rows: int, n: int) -> np.ndarray:
     return np.minimum((rows + 1.0) ** random.random(n) - 1, rows - 1).astype(np.int64)
 
 
-def _finished(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return raw | {"model": MODEL, "run": {"name": "peers", "folder": str(folder / "run"), "device": "cpu"}}
+def _finished(raw: dict[str, Any], folder: Path, model: str = "small") -> dict[str, Any]:
+    return raw | {"model": model_of(model), "run": {"name": "peers", "folder": str(folder / "run"), "device": "cpu"}}
 
 
 def job_of(world: World, sets: dict[str, Any] | None = None) -> JobConfig:
     return parse_config(world.job | (sets or {}), "of the peers' benchmark", JobConfig)
 
 
-def held(config: JobConfig, index: int, examples: int = 0) -> list[Held]:
+def batches_of(config: JobConfig, index: int, examples: int = 0) -> Iterator[Batch]:
     """The batches of a slice in the order in which exfm's job has them. examples: at most so many; 0: all."""
     stream = open_stream(config.stream.path)
     reader = open_slice(stream, config.stream, batch_columns(config, stream), index, config.run.seed)
+    return reader.batches(0, examples or None)
+
+
+def held(config: JobConfig, index: int, examples: int = 0) -> list[Held]:
+    """`batches_of` in plain tensors."""
     found = []
-    for batch in reader.batches(0, examples or None):
+    for batch in batches_of(config, index, examples):
         rows = batch.sparse.values().view(len(batch.sparse.keys()), -1).T.contiguous()
         found.append(Held(batch.dense, rows, batch.labels[:, 0]))
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._peers_data import BATCH, EPOCHS, MODEL, Held
+from benchmarks._peers_data import BATCH, EPOCHS, MODELS, Held
 from exfm.data.errors import UserError
 
 MODEL_FILE = Path("model_zoo/WuKong/src/WuKong.py")
@@ -65,14 +65,14 @@ def run(
     features = FeatureMap("peers", str(folder))
     for name, size in zip(names, sizes, strict=True):
         features.features[name] = {"source": "", "type": "categorical", "vocab_size": size + 1}
-    features.labels, features.default_emb_dim = ["label"], MODEL["width"]
+    features.labels, features.default_emb_dim = ["label"], MODELS["small"]["width"]
     features.num_fields, features.total_features = len(names), sum(sizes) + len(names)
     features.set_column_index()
     seed_everything(2024)
-    columns = MODEL["num_fmb"] * MODEL["width"]
+    columns = MODELS["small"]["num_fmb"] * MODELS["small"]["width"]
     model = module.WuKong(
-        features, gpu=-1, learning_rate=lr, embedding_dim=MODEL["width"], num_layers=MODEL["layers"], compression_dim=columns,
-        mlp_hidden_units=list(MODEL["final_mlp"]), fmb_units=list(MODEL["fmb_mlp"]), fmb_dim=columns, project_dim=MODEL["rank"],
+        features, gpu=-1, learning_rate=lr, embedding_dim=MODELS["small"]["width"], num_layers=MODELS["small"]["layers"], compression_dim=columns,
+        mlp_hidden_units=list(MODELS["small"]["final_mlp"]), fmb_units=list(MODELS["small"]["fmb_mlp"]), fmb_dim=columns, project_dim=MODELS["small"]["rank"],
         dropout_rate=0.0, optimizer="adam", loss="binary_crossentropy", task="binary_classification", metrics=["AUC"],
         model_root=str(folder), verbose=0, monitor="AUC", early_stop_patience=EPOCHS + 1, save_best_only=False,
         reduce_lr_on_plateau=False,

@@ -1,6 +1,6 @@
 """exfm's job beside what a team would otherwise use: `exfm bench peers [--data frappe,criteo] [--peers ...] [--rounds N] [--compile]`.
 
-Wukong l=2, n_F = n_L = 16, k = 8, d = 32, batch 4,096, fp32, on CPU. frappe: real, needs EXFM_DATA_DIR with frappe; all peers train the
+On CPU by default: Wukong l=2, n_F = n_L = 16, k = 8, d = 32, batch 4,096, fp32. frappe: real, needs EXFM_DATA_DIR with frappe; all peers train the
 same two epochs and are scored on the test split with frozen weights. criteo: Criteo-shaped, 13 dense columns, 26 tables with --rows rows.
 
 Every run is a process of its own, peers take turns, medians over the rounds. Speed is counted from the end of the first step to
@@ -17,14 +17,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import _peers_fuxictr
+from benchmarks._peers_data import BATCH, MODELS
 from benchmarks._peers_torch import KINDS
 from benchmarks.plan import say
 from exfm.data.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PEERS = ("exfm", "fuxictr", *KINDS)
-DEFAULT = {"frappe": "exfm,fuxictr,dense,adagrad,joined", "criteo": "exfm,dense,adagrad,sparse_adam,joined"}
+PEERS = ("exfm", "fuxictr", "torchrec", *KINDS)
+DEFAULT = {"frappe": "exfm,fuxictr,dense,adagrad,joined,torchrec", "criteo": "exfm,dense,adagrad,sparse_adam,joined,torchrec"}  # fmt: skip
+ON_CUDA = ("exfm", "torchrec")
 LEARNING = {"frappe": (0.001, 0.2), "criteo": (0.001, 0.05)}  # of the dense part, of the tables
 
 
@@ -45,15 +49,20 @@ def measure(data: str, o: argparse.Namespace, data_dir: str | None) -> dict[str,
     spec = {
         "data": data, "folder": str((o.out / data).absolute()), "source": str(Path(data_dir or "") / "frappe"), "rows": o.rows,
         "threads": o.threads, "fuxictr": str(o.fuxictr), "lr": lr, "tables_lr": tables_lr,
+        "device": o.device, "precision": o.precision, "model": o.model, "batch": o.batch,
     }  # fmt: skip
-    peers = (o.peers or DEFAULT[data]).split(",")
+    peers = (o.peers or (",".join(ON_CUDA) if o.device == "cuda" else DEFAULT[data])).split(",")
     peers = [p for p in peers if data == "frappe" or p != "fuxictr"]
     rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
     (o.out / data).mkdir(parents=True, exist_ok=True)
     for number in range(o.rounds):
         for peer in peers:
-            compiled = o.compile and peer not in ("fuxictr", "dense")
-            own = {"peer": peer, "examples": o.examples or (0 if data == "frappe" else 50 * 4096), "compiled": compiled}
+            compiled = o.compile and peer not in ("fuxictr", "dense", "torchrec")
+            own = {
+                "peer": peer,
+                "examples": o.examples or (0 if data == "frappe" else 50 * o.batch),
+                "compiled": compiled,
+            }
             rows[peer].append(found := run_once(spec | own, o.out / data))
             say(f"{data}, round {number + 1}, {peer}: {found['examples_per_s']:,.0f} examples/s")
     return {"data": data, "rows": rows}
@@ -101,7 +110,9 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: list[dict[str, Any]], o: argparse.Namespace) -> str:
-    lines = [f"{o.threads} threads, batch 4,096, fp32{', torch.compile' if o.compile else ''}, {o.rounds} rounds.", ""]
+    where = f"{o.threads} threads" if o.device == "cpu" else torch.cuda.get_device_name()
+    compiled = ", torch.compile (but for torchrec and fuxictr)" if o.compile else ""
+    lines = [f"{where}, model {o.model}, batch {o.batch:,}, {o.precision}{compiled}, {o.rounds} rounds.", ""]
     for result in results:
         lines += [f"**{result['data']}**", "", *table(result), ""]
     return "\n".join(lines)
@@ -121,6 +132,14 @@ def main(args: list[str], data_dir: str | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: of {', '.join(ON_CUDA)}, on criteo"
+    )
+    parser.add_argument("--model", choices=tuple(MODELS), default="small", help="of criteo; as in `exfm bench dense`")
+    parser.add_argument("--batch", type=int, default=BATCH, help="of criteo")
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="of products; exfm and torchrec"
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="exfm with dense_engine.compile, plain PyTorch with torch.compile"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/peers"))
@@ -130,6 +149,12 @@ def main(args: list[str], data_dir: str | None = None) -> int:
         raise UserError(f"--data names {', '.join(wrong)}; there are: {', '.join(DEFAULT)}")
     if wrong := [p for p in named if p not in PEERS]:
         raise UserError(f"--peers names {', '.join(wrong)}; there are: {', '.join(PEERS)}")
+    if o.device == "cuda" and (data != ["criteo"] or any(p not in ON_CUDA for p in named)):
+        raise UserError(
+            f"--device cuda compares {' and '.join(ON_CUDA)} on criteo: give --data criteo and none but these peers"
+        )
+    if o.precision != "fp32" and any(p not in ON_CUDA for p in named or PEERS) and o.device == "cpu":
+        raise UserError(f"--precision {o.precision} is for exfm and torchrec: give --peers {','.join(ON_CUDA)}")
     if "frappe" in data and "fuxictr" in (named or PEERS):
         _peers_fuxictr.check(o.fuxictr)
     if "frappe" in data and data_dir is None:

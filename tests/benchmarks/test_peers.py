@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks._peers_data import BATCH, auc, criteo, held, job_of
+from benchmarks._peers_data import BATCH, auc, batches_of, criteo, held, job_of
 from benchmarks._peers_torch import KINDS, Trainer
+from benchmarks._peers_torchrec import TorchRec
 from exfm.data.errors import UserError
 from exfm.trainer.env import RankEnv, process_group
 from exfm.trainer.loop import Job
+from exfm.trainer.steps import Feed
 
 EXAMPLES, ROWS = 300, 2000
 
@@ -37,6 +39,20 @@ def test_a_peer_begins_with_exfms_weights_and_has_its_first_loss(config, first_l
     loss, logits = first_loss_and_logits
     torch.testing.assert_close(trainer.score(batch), logits, rtol=0, atol=1e-6)
     assert float(trainer.loss(batch).detach()) == pytest.approx(loss, abs=1e-6)
+
+
+def test_torchrec_begins_with_exfms_weights_and_its_first_two_losses_are_exfms(config, tmp_path):
+    """So the tables' and the dense part's updates are the same too."""
+    both = job_of(criteo(tmp_path, 2 * EXAMPLES, ROWS, batch=EXAMPLES))
+    device, losses = torch.device("cpu"), []
+    with process_group(RankEnv(), device, 60):
+        job = Job(both, RankEnv(), device, lambda: False)
+        try:
+            losses += [float(output.loss) for _, output in job.pipeline.run(Feed(job.open(0).batches()))]
+        finally:
+            job.close()
+        found = [float(loss) for _, loss in TorchRec(both, device).train(list(batches_of(both, 0)))]
+    assert found == pytest.approx(losses, abs=2e-6) and len(found) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,6 +93,12 @@ def test_a_missing_checkout_of_fuxictr_is_named_with_the_command(monkeypatch, tm
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(UserError, match=r"needs --fuxictr FOLDER.*git clone"):
         peers.main(["--data", "frappe", "--fuxictr", str(tmp_path), "--out", str(tmp_path)], str(tmp_path))
+
+
+@pytest.mark.parametrize("args", [["--device", "cuda"], ["--device", "cuda", "--data", "criteo", "--peers", "joined"], ["--precision", "bf16"]])  # fmt: skip
+def test_peers_are_compared_only_where_all_of_them_can_do_it(args, tmp_path):
+    with pytest.raises(UserError, match="exfm,torchrec|exfm and torchrec"):
+        peers.main([*args, "--out", str(tmp_path)], str(tmp_path))
 
 
 @pytest.mark.parametrize("args", [["--data", "avazu"], ["--peers", "dlrm"]])
