@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 STAMP := .venv/.exfm-$(EXFM_DEVICE)
 TORCH := $(shell grep '^torch==' requirements/common.txt)
 
-.PHONY: help setup demo test test-multigpu check bench bench-guard clean
+.PHONY: help setup demo test test-slow test-multigpu check bench bench-guard clean
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 	@sed -n 's/^#   //p' Makefile
@@ -31,8 +31,11 @@ setup: $(STAMP)  ## make .venv for this machine and verify it
 demo: $(STAMP)  ## teacher, supervision, students and a report, small
 	$(BIN)/exfm demo $(ARGS)
 
-test: $(STAMP)  ## the whole test suite
+test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: $(STAMP)  ## the cases that `make test` leaves out: more engines, ranks and kills
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 test-multigpu: $(STAMP)  ## every engine, precision and pipeline on this host's GPUs, against one rank and gloo
 	$(BIN)/exfm bench multigpu $(ARGS)

@@ -84,7 +84,7 @@ def test_another_seed_starts_and_ends_elsewhere(stream, tmp_path):
     assert {name for name in last_state(a) if name.endswith("weight")} <= set(same(last_state(a), last_state(b)))
 
 
-@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+@pytest.mark.parametrize("pipeline", [pytest.param("base", marks=pytest.mark.slow), "sparse_dist"])
 @pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -131,8 +131,8 @@ def test_commits_inside_slices_change_nothing(stream, tmp_path):
         ((2, "table_wise"), (3, "row_wise")),
         ((3, "row_wise"), (1, "data_parallel")),
         ((1, "data_parallel"), (2, "column_wise")),
-        ((2, "column_wise"), (3, "table_wise")),
-        ((3, "data_parallel"), (2, "row_wise")),
+        pytest.param((2, "column_wise"), (3, "table_wise"), marks=pytest.mark.slow),
+        pytest.param((3, "data_parallel"), (2, "row_wise"), marks=pytest.mark.slow),
     ],
 )
 def test_other_ranks_and_sharding_restore_the_checkpoint_bitwise(before, after, stream, tmp_path, on_ranks):

@@ -58,7 +58,7 @@ def learn(stream: str, log: Path, folder: Path, **over: object) -> int:
 # ---------------------------------------------------------------- what is logged
 
 
-@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+@pytest.mark.parametrize("pipeline", [pytest.param("base", marks=pytest.mark.slow), "sparse_dist"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_example_has_the_logit_that_its_own_forward_pass_gave(ranks, pipeline, stream, fm, tmp_path, on_ranks):
     raw = replaced(fm, run__folder=str(tmp_path / "run"), run__pipeline=pipeline)

@@ -79,7 +79,7 @@ def trained(stream, tmp_path_factory, rank_pool) -> Callable[[int, str, str], tu
     return finished
 
 
-@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+@pytest.mark.parametrize("pipeline", [pytest.param("base", marks=pytest.mark.slow), "sparse_dist"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_twenty_steps_equal_the_reference(ranks, kind, pipeline, trained, stream, tmp_path_factory):

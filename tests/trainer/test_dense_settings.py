@@ -36,14 +36,11 @@ def small(raw: Raw) -> tuple[int, Recorder]:
     return run(raw)
 
 
-def graphs(raw: Raw) -> tuple[int, Recorder, int]:
-    """Of a job: exit code, record, how many graphs were compiled.
-
-    To C++ under ddp alone, which takes minutes; what engines change is what can be traced, and that is the same without it.
-    """
+def graphs(raw: Raw, compiler: str) -> tuple[int, Recorder, int]:
+    """Of a job: exit code, record, how many graphs were compiled."""
     from torch._dynamo.utils import counters
 
-    engines.COMPILER = "inductor" if raw["dense_engine"]["kind"] == "ddp" else "aot_eager"
+    engines.COMPILER = compiler
     torch._dynamo.reset()
     counters.clear()
     return *small(raw), counters["stats"]["unique_graphs"]
@@ -55,25 +52,38 @@ def traced(raw: Raw) -> tuple[int, Recorder]:
 
 
 @compiles
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero 2"])
-def test_compiled_it_has_the_losses_of_eager_and_restarts_bit_for_bit(engine, stream, tmp_path, on_ranks):
+@pytest.mark.parametrize(
+    ("engine", "compiler"),
+    [
+        ("ddp", "aot_eager"),  # what an engine changes is what can be traced; C++ takes minutes
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("ddp", "inductor"), ("fsdp", "aot_eager"), ("zero 2", "aot_eager"))
+        ),
+    ],
+)
+def test_compiled_it_has_the_losses_of_eager_and_restarts_bit_for_bit(engine, compiler, stream, tmp_path, on_ranks):
     eager = job(tmp_path / "eager", stream, model=SMALL, dense_engine=ENGINES[engine], checkpoint__every_slices=1)
     whole = replaced(eager, run__folder=str(tmp_path / "whole"), dense_engine__compile=True)
     half = replaced(whole, run__folder=str(tmp_path / "half"), stream__last=2)
     expected = global_losses(on_ranks(2, small, eager))
-    found = on_ranks(2, graphs, whole, timeout_s=COMPILES_S)
+    found = on_ranks(2, graphs, whole, compiler, timeout_s=COMPILES_S)
     assert global_losses([r[:2] for r in found]) == pytest.approx(expected, rel=2e-5)
     # one for any number of examples, and one for 1, which torch always treats as a constant
     assert {r[2] for r in found} == {2} if engine != "fsdp" else max(r[2] for r in found) <= 20
-    on_ranks(2, graphs, half, timeout_s=COMPILES_S)
-    on_ranks(2, graphs, replaced(half, stream__last=None), timeout_s=COMPILES_S)
+    on_ranks(2, graphs, half, compiler, timeout_s=COMPILES_S)
+    on_ranks(2, graphs, replaced(half, stream__last=None), compiler, timeout_s=COMPILES_S)
     assert same(last_state(whole), last_state(half)) == []
 
 
 @compiles
 @pytest.mark.parametrize(
     ("engine", "compile"),
-    [*((engine, False) for engine in ENGINES), ("ddp", True)],
+    [
+        ("fsdp", False),
+        *(pytest.param(engine, False, marks=pytest.mark.slow) for engine in ("ddp", "zero 1", "zero 2", "zero 3")),
+        ("ddp", True),
+    ],
 )
 def test_layers_that_are_computed_again_give_the_same_losses(engine, compile, stream, tmp_path, on_ranks):
     plain = job(

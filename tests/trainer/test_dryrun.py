@@ -82,10 +82,13 @@ def test_alone_in_the_world_it_trains_exactly_as_a_real_process_does(kind):
             model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096, 4096, 4096]},
         ),
         *(
-            request(
-                (), rank=0, world_size=64, local_batch=64, features=32, width=128,
-                dense_engine={"kind": "deepspeed", "stage": stage},
-                model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096, 4096, 4096]},
+            pytest.param(
+                request(
+                    (), rank=0, world_size=64, local_batch=64, features=32, width=128,
+                    dense_engine={"kind": "deepspeed", "stage": stage},
+                    model={"kind": "dcnv2", "cross_layers": 1, "rank": 4, "deep_mlp": [4096, 4096, 4096]},
+                ),
+                marks=[pytest.mark.slow] * (stage != 3),
             )
             for stage in (1, 2, 3)
         ),

@@ -74,8 +74,11 @@ def as_ddp(stream, tmp_path_factory, rank_pool) -> Callable[[int], tuple[Raw, li
 @pytest.mark.parametrize(
     ("ranks", "engine"),
     [
-        *((ranks, engine) for ranks in (2, 3) for engine in (FSDP, ZERO_1, ZERO_2, ZERO_3)),
-        (4, {"kind": "fsdp", "shard": 2}),
+        *((2, engine) for engine in (FSDP, ZERO_1, ZERO_2, ZERO_3)),
+        (3, FSDP),
+        *(pytest.param(3, engine, marks=pytest.mark.slow) for engine in (ZERO_1, ZERO_2)),
+        (3, ZERO_3),
+        pytest.param(4, {"kind": "fsdp", "shard": 2}, marks=pytest.mark.slow),
     ],
     ids=[
         *(f"{name}, {ranks} ranks" for ranks in (2, 3) for name in ("fsdp", "zero 1", "zero 2", "zero 3")),
@@ -186,10 +189,11 @@ def half(stream, tmp_path_factory, rank_pool) -> Callable[[int, Raw], Raw]:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, FSDP), (3, DDP)), ((3, DDP), (2, FSDP)), ((2, FSDP), (3, FSDP)),
-        ((2, ZERO_1), (3, DDP)), ((3, ZERO_2), (2, FSDP)), ((3, ZERO_3), (2, DDP)),
-        ((3, DDP), (2, ZERO_2)), ((2, FSDP), (3, ZERO_3)), ((3, DDP), (2, ZERO_1)),
-        ((2, ZERO_3), (3, ZERO_3)), ((2, ZERO_1), (3, ZERO_2)),
+        ((3, ZERO_2), (2, FSDP)), ((3, ZERO_3), (2, DDP)), ((2, FSDP), (3, ZERO_3)), ((3, DDP), (2, ZERO_1)), ((2, ZERO_1), (3, ZERO_2)),
+        *(pytest.param(before, after, marks=pytest.mark.slow) for before, after in (
+            ((2, FSDP), (3, DDP)), ((3, DDP), (2, FSDP)), ((2, FSDP), (3, FSDP)), ((2, ZERO_1), (3, DDP)), ((3, DDP), (2, ZERO_2)),
+            ((2, ZERO_3), (3, ZERO_3)),
+        )),
     ],
 )  # fmt: skip
 def test_a_job_continues_under_another_engine(before, after, whole, half, tmp_path, on_ranks):
@@ -200,7 +204,11 @@ def test_a_job_continues_under_another_engine(before, after, whole, half, tmp_pa
     near(last_state(whole(before[0])), last_state(then))
 
 
-@pytest.mark.parametrize("engine", [FSDP, ZERO_1, ZERO_2, ZERO_3], ids=["fsdp", "zero 1", "zero 2", "zero 3"])
+@pytest.mark.parametrize(
+    "engine",
+    [FSDP, *(pytest.param(e, marks=pytest.mark.slow) for e in (ZERO_1, ZERO_2, ZERO_3))],
+    ids=["fsdp", "zero 1", "zero 2", "zero 3"],
+)
 def test_restarted_at_the_same_place_it_goes_on_bit_for_bit(engine, stream, tmp_path, on_ranks):
     whole = job(tmp_path / "whole", stream, dense_engine=engine, checkpoint__every_slices=1, **WIDE)
     on_ranks(2, cut, whole)

@@ -62,8 +62,8 @@ def run_poisoned(raw: Raw, steps: set[int]) -> int:
         return run(raw)[0]
 
 
-@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
-@pytest.mark.parametrize("check", [1, 4, 16])
+@pytest.mark.parametrize("pipeline", [pytest.param("base", marks=pytest.mark.slow), "sparse_dist"])
+@pytest.mark.parametrize("check", [1, pytest.param(4, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize("step", [0, 7, 9], ids=["at once", "mid-slice", "last of a slice"])
 def test_a_transient_nan_leaves_no_trace(step, check, pipeline, undisturbed, tmp_path):
     whole = undisturbed[pipeline]

@@ -77,9 +77,9 @@ def near(a: Raw, b: Raw) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=2e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+@pytest.mark.parametrize("pipeline", [pytest.param("base", marks=pytest.mark.slow), "sparse_dist"])
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "data_parallel"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_losses_weights_and_accumulators_are_those_of_the_lookup_of_every_list(
     ranks, kind, pipeline, stream, tmp_path, on_ranks
 ):

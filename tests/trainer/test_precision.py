@@ -45,7 +45,7 @@ def in_32_bits(stream, tmp_path_factory, rank_pool) -> Callable[..., tuple[Raw, 
 SENT = {"embeddings_forward": "fp16", "embeddings_backward": "fp16"}
 
 
-@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+@pytest.mark.parametrize("pipeline", [pytest.param("base", marks=pytest.mark.slow), "sparse_dist"])
 @pytest.mark.parametrize(
     ("engine", "precision", "kind"),
     [
