@@ -51,7 +51,14 @@ def write_npz(path: Path, names: list[str], batches: list[Held]) -> None:
 
 
 def run(
-    checkout: Path, folder: Path, names: list[str], sizes: list[int], train: list[Held], test: list[Held], lr: float
+    checkout: Path,
+    folder: Path,
+    names: list[str],
+    sizes: list[int],
+    train: list[Held],
+    test: list[Held],
+    lr: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Marks (wall s, CPU s, examples) around every step, evaluation taken out; AUC of `test` after the last epoch."""
     module = _load(check(checkout))
@@ -68,7 +75,7 @@ def run(
     features.labels, features.default_emb_dim = ["label"], MODELS["small"]["width"]
     features.num_fields, features.total_features = len(names), sum(sizes) + len(names)
     features.set_column_index()
-    seed_everything(2024)
+    seed_everything(2024 + seed)
     columns = MODELS["small"]["num_fmb"] * MODELS["small"]["width"]
     model = module.WuKong(
         features, gpu=-1, learning_rate=lr, embedding_dim=MODELS["small"]["width"], num_layers=MODELS["small"]["layers"], compression_dim=columns,

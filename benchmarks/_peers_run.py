@@ -31,7 +31,7 @@ def world_of(spec: dict[str, Any]) -> World:
 
 
 def config_of(spec: dict[str, Any], world: World) -> JobConfig:
-    run = world.job["run"] | {"threads_per_rank": spec["threads"], "device": spec["device"]}
+    run = world.job["run"] | {"threads_per_rank": spec["threads"], "device": spec["device"], "seed": spec["seed"]}
     if spec["device"] == "cuda":
         run |= {"pipeline": "sparse_dist"}
     sets = {
@@ -156,7 +156,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         if spec["peer"] == "fuxictr":
             names, folder = [f.name for f in config.features.sparse], Path(spec["folder"]) / "fuxictr"
             found = _peers_fuxictr.run(
-                Path(spec["fuxictr"]), folder, names, sizes_of(config), batches[0], test, spec["lr"]
+                Path(spec["fuxictr"]), folder, names, sizes_of(config), batches[0], test, spec["lr"], spec["seed"]
             )
         else:
             found = train_plain(spec, config, batches, test)

@@ -3,7 +3,7 @@
 On CPU by default: Wukong l=2, n_F = n_L = 16, k = 8, d = 32, batch 4,096, fp32. frappe: real, needs EXFM_DATA_DIR with frappe; all peers train the
 same two epochs and are scored on the test split with frozen weights. criteo: Criteo-shaped, 13 dense columns, 26 tables with --rows rows.
 
-Every run is a process of its own, peers take turns, medians over the rounds. Speed is counted from the end of the first step to
+Every run is a process of its own, peers take turns, medians over the rounds, each with its own seed. Speed is counted from the end of the first step to
 the end of the last: without start-up and without evaluation. exfm's includes its reader, metrics, log and commits; the plain PyTorch peers
 have their batches in memory. Examples per CPU second is what a busy machine still measures: give it --threads 1.
 Writes peers.json, ratios.json and peers.md under --out. Where exfm's step goes: `exfm bench step`.
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PEERS = ("exfm", "fuxictr", "torchrec", *KINDS)
 DEFAULT = {"frappe": "exfm,fuxictr,dense,adagrad,joined,torchrec", "criteo": "exfm,dense,adagrad,sparse_adam,joined,torchrec"}  # fmt: skip
 ON_CUDA = ("exfm", "torchrec")
-LEARNING = {"frappe": (0.001, 0.2), "criteo": (0.001, 0.05)}  # of the dense part, of the tables
+LEARNING = {"frappe": (0.001, 0.1), "criteo": (0.001, 0.05)}  # of the dense part, of the tables
 
 
 def run_once(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def measure(data: str, o: argparse.Namespace, data_dir: str | None) -> dict[str,
             compiled = o.compile and peer not in ("fuxictr", "dense", "torchrec")
             own = {
                 "peer": peer,
+                "seed": number,
                 "examples": o.examples or (0 if data == "frappe" else 50 * o.batch),
                 "compiled": compiled,
             }
@@ -101,7 +102,7 @@ def table(result: dict[str, Any]) -> list[str]:
         all_speeds = [r["examples_per_s"] for r in found]
         ours = [medians.get(("exfm", k), float("nan")) for k in ("examples_per_s", "examples_per_cpu_s")]
         scores = [r["auc"] for r in found if "auc" in r]
-        score = f"{statistics.median(scores):.4f}" if scores else "not scored"
+        score = f"{statistics.median(scores):.4f} ({min(scores):.4f}, {max(scores):.4f})" if scores else "not scored"
         lines.append(
             f"| {peer} | {found[0]['parameters']:,} | {speed:,.0f} ({min(all_speeds):,.0f}, {max(all_speeds):,.0f}) | {cpu:,.0f} | "
             f"{ours[0] / speed:.2f} | {ours[1] / cpu:.2f} | {score} |"
