@@ -17,6 +17,7 @@ from rich.console import Console
 from exfm.data.commit import null_for_nan
 from exfm.data.errors import UserError
 from exfm.launch.cli_checkpoint import checkpoint_app
+from exfm.launch.cli_launch import cancel, launch_app, logs, resume, status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,9 +26,10 @@ app = typer.Typer(
     help="Train huge sparse teachers and distil them into small students.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare, make, look at and audit streams.")
-launch_app = typer.Typer(no_args_is_help=True, help="Write and submit cluster jobs.")
 app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
+for command in (status, logs, cancel, resume):
+    app.command()(command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -391,44 +393,6 @@ def data_audit(run: Annotated[Path, typer.Argument(help="a run's folder")], as_j
     else:
         skipped = f"{result['skipped']:,} left out after a bad loss" if result["skipped"] else "none skipped"
         print(f"{run}: {result['examples']:,} examples in {result['slices']} slices, {skipped}, none repeated")
-
-
-@launch_app.command("slurm")
-def launch_slurm(
-    config: Path,
-    nodes: Annotated[int, typer.Option()] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="0 trains on CPU")] = 8,
-    nproc_per_node: Annotated[int, typer.Option(help="ranks per node; default: one per GPU")] = 0,
-    max_restarts: Annotated[int, typer.Option(help="restarts inside one attempt after a rank has failed")] = 3,
-    name: str = "exfm",
-    out: Annotated[Path | None, typer.Option(help="script to write; default: <run folder>/job.sbatch")] = None,
-    partition: str | None = None,
-    account: str | None = None,
-    time_limit: Annotated[str, typer.Option("--time", help="limit of one attempt")] = "24:00:00",
-    submit_it: Annotated[bool, typer.Option("--submit", help="send it to SLURM")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write one sbatch script: srun starts one torchrun per node."""
-    from exfm.launch.slurm import SlurmJob, submit, write_script
-    from exfm.trainer.config import JobConfig, load_config
-
-    run_folder = Path(load_config(config, [], JobConfig).run.folder)
-    job = SlurmJob(
-        config=config,
-        run_folder=run_folder,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        nproc_per_node=nproc_per_node or max(gpus_per_node, 1),
-        max_restarts=max_restarts,
-        name=name,
-        partition=partition,
-        account=account,
-        time=time_limit,
-        torchrun=str(Path(sys.executable).with_name("torchrun")),
-    )
-    path = write_script(job, out or run_folder / "job.sbatch")
-    result = {"script": str(path)} | ({"job_id": submit(path)} if submit_it else {})
-    _print(result) if as_json else print(*result.values())
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,7 +13,22 @@ from exfm.data.errors import UserError
 from exfm.launch.slurm.job import SlurmJob, seconds_of
 
 # file systems that are of one machine, as mounts name them
-LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs overlay tmpfs ramfs aufs jfs reiserfs vfat".split())
+LOCAL = (
+    "ext2",
+    "ext3",
+    "ext4",
+    "xfs",
+    "btrfs",
+    "zfs",
+    "f2fs",
+    "overlay",
+    "tmpfs",
+    "ramfs",
+    "aufs",
+    "jfs",
+    "reiserfs",
+    "vfat",
+)
 PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
 
 
@@ -31,11 +47,13 @@ def ask(*command: str) -> str:
     return done.stdout
 
 
-def submit(script: Path, dependency: str = "") -> str:
-    """Send a script with sbatch; the job's id. UserError with sbatch's own words if it refuses."""
+def submit(script: Path, dependency: str = "", tasks: Sequence[int | None] | None = None) -> str:
+    """Send a script with sbatch; the job's id. tasks: of an array. UserError with sbatch's own words if it refuses."""
     if not has_slurm():
-        raise UserError(f"sbatch is not on PATH; on a login node of the cluster: sbatch {script}")
+        raise UserError(f"sbatch is not on PATH; on a login node of the cluster: sbatch {shlex.quote(str(script))}")
     options = [f"--dependency={dependency}"] if dependency else []
+    if tasks is not None:
+        options.append(f"--array={','.join(map(str, tasks))}")
     return ask("sbatch", "--parsable", *options, str(script.absolute())).strip().split(";")[0]
 
 

@@ -90,8 +90,9 @@ class SlurmJob:
             if not re.match(r"--[a-z][a-z-]*(=|$)", option):
                 raise UserError(f"extra option {option!r} is not of the form --name or --name=value")
         # SLURM expands % and reads \ as "expand nothing" in the names of log files.
-        if "%" in str(self.log_folder) or "\\" in str(self.log_folder):
-            raise UserError(f"folder {str(self.log_folder)!r} contains % or \\, which SLURM expands; rename it")
+        for folder in (self.log_folder, *(m.run_folder.absolute() for m in self.members)):
+            if "%" in str(folder) or "\\" in str(folder):
+                raise UserError(f"folder {str(folder)!r} contains % or \\, which SLURM expands; rename it")
 
     def _check_numbers(self) -> None:
         least = {
@@ -116,7 +117,18 @@ class SlurmJob:
             )
 
     def _check_texts(self) -> None:
-        named = ("name", "partition", "account", "qos", "constraint", "container", "mounts", "env_file", "python", "logs")
+        named = (
+            "name",
+            "partition",
+            "account",
+            "qos",
+            "constraint",
+            "container",
+            "mounts",
+            "env_file",
+            "python",
+            "logs",
+        )
         texts: dict[str, Any] = {name: getattr(self, name) for name in named}
         for i, member in enumerate(self.members):
             of = f" of job {i}" if len(self.members) > 1 else ""
@@ -137,9 +149,9 @@ def seconds_of(time: str) -> int:
     days, _, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if days:  # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, minutes, seconds = (parts + [0, 0])[:3]
+        hours, minutes, seconds = [*parts, 0, 0][:3]
     elif len(parts) == 1:
         hours, minutes, seconds = 0, parts[0], 0
     else:
-        hours, minutes, seconds = ([0] * (3 - len(parts)) + parts)[:3]
+        hours, minutes, seconds = [0] * (3 - len(parts)) + parts
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

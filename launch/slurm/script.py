@@ -13,7 +13,6 @@ def write_sbatch(job: SlurmJob) -> str:
     """The script's text; every value in it is quoted, so that no name or path is read as shell code."""
     values = {
         "PYTHON": job.python,
-        "LOGS": str(job.log_folder),
         "RANKS_PER_NODE": str(job.nproc_per_node),
         "CPUS_PER_NODE": str(job.nproc_per_node * job.cpus_per_rank),
         "STOP_S": str(job.stop_s),
@@ -147,7 +146,7 @@ ask() { asked=1; [ -n "$srun_pid" ] && kill -TERM "$srun_pid" 2>/dev/null; }
 trap ask TERM USR1
 
 # What the ranks say when they end; torchrun turns every failure into 1, their own code is here.
-word() { sed -nE "s/.*\"$1\" *: *([a-z0-9]+).*/\\1/p" "$RUN_FOLDER/exit.json" 2>/dev/null | head -n 1; }
+word() { sed -nE 's/.*"'"$1"'" *: *([a-z0-9]+).*/\\1/p' "$RUN_FOLDER/exit.json" 2>/dev/null | head -n 1; }
 
 # One torchrun per node. srun does not inherit --cpus-per-task from the job. When one node's torchrun has ended, the others
 # get STOP_S seconds to end too: none would cut off a commit. After a failure they get 20 s, since a lost node never ends.
@@ -156,7 +155,7 @@ start_ranks() {
   rm -f "$RUN_FOLDER/exit.json"
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$CPUS_PER_NODE" \\
     --kill-on-bad-exit=0 --wait="$STOP_S" ${STEP[@]+"${STEP[@]}"} \\
-    --open-mode=append --output="$LOGS/slurm-$SLURM_JOB_ID-node%n.log" \\
+    --open-mode=append --output="$RUN_FOLDER/logs/slurm-$SLURM_JOB_ID-node%n.log" \\
     "$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE" \\
     --rdzv-backend c10d --rdzv-endpoint "$head_node:$rdzv_port" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$1" \\
     --max-restarts 0 -m exfm.trainer "$CONFIG" ${OPTIONS[@]+"${OPTIONS[@]}"} &
@@ -193,7 +192,7 @@ requeue() {
         scontrol requeue "$SLURM_JOB_ID" && sleep 60
         ;;
       ?*)
-        say "$1; SLURM calls the job $state: not put back into the queue"
+        say "$1; SLURM calls the job $state: it stays out of the queue"
         return
         ;;
     esac
@@ -222,6 +221,6 @@ while :; do
   say "try $restarts of $MAX_RESTARTS after a failure: $(cat "$RUN_FOLDER/exit.json" 2>/dev/null || echo "srun ended with $status")"
   sleep 2 & wait $!
 done
-say "failed: $(cat "$RUN_FOLDER/exit.json" 2>/dev/null || echo "srun ended with $status, see $LOGS")"
+say "failed: $(cat "$RUN_FOLDER/exit.json" 2>/dev/null || echo "srun ended with $status, see $RUN_FOLDER/logs")"
 exit "${code:-$status}"
 """
