@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from exfm.data.errors import UserError
+from exfm.trainer.beats import Beat, judge
 from exfm.trainer.env import RankEnv
-from exfm.trainer.watch import Beat, Watch, judge
+from exfm.trainer.watch import Watch
 from tests.trainer.jobs import make_stream, parsed, teacher
 from tests.warm import forked
 
