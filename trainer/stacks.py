@@ -63,7 +63,7 @@ class Stacks:
                 faulthandler.dump_traceback(file, all_threads=True)
             if torch.cuda.is_initialized():
                 self._write_collectives()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             print(f"exfm: cannot write {self.path(self.rank)}: {error}", file=sys.stderr, flush=True)
 
     def _write_collectives(self) -> None:

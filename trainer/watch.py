@@ -201,8 +201,8 @@ class Watch:
         if now > self.stacks.spy_at:
             self._spy()
         if self.env.rank == 0 and self.env.world_size > 1 and now >= self.ranks_at:
-            self.doing.ranks = self._read()
             self.ranks_at = now + max(self.config.log_every_s, BEAT_S)
+            self.doing.ranks = self._read()
 
     def _save_stacks(self) -> None:
         """Of all ranks, before this one ends."""

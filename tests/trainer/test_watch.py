@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
 
 from exfm.data.errors import UserError
 from exfm.launch.cause import told
 from exfm.trainer.beats import Beat, judge
-from exfm.trainer.env import RankEnv
+from exfm.trainer.env import RankEnv, process_group
+from exfm.trainer.stacks import Stacks
 from exfm.trainer.watch import Watch
 from tests.trainer.jobs import make_stream, parsed, teacher
 from tests.warm import forked
@@ -266,3 +269,13 @@ def test_an_error_that_no_peer_caused_keeps_its_words(monkeypatch: pytest.Monkey
     monkeypatch.setattr(watch, "_look", lambda: (lagging, later(lagging)))
     assert watch._explain("Timed out waiting 600000ms").startswith("rank 1 (host h, pid 101) hangs in")
     assert watch._explain("") == ""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_flight_recorder_is_saved_beside_the_stacks(tmp_path: Path) -> None:
+    with process_group(RankEnv(), torch.device("cuda", 0), 60):
+        dist.all_reduce(torch.ones(4, device="cuda"))
+        torch.cuda.synchronize()
+        Stacks(tmp_path, 0).write(Beat(0))
+    trace = json.loads((tmp_path / "logs" / "nccl-trace-rank-0.json").read_text())
+    assert any("all_reduce" in entry["profiling_name"] for entry in trace["entries"])
