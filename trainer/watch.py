@@ -80,8 +80,7 @@ class Watch:
         self.backends: list[Any] = []
         self.number, self.last, self.asked = 0, "", False
         self.state: tuple[str, int, int, int] = ("", 0, 0, 0)
-        self.since = time.monotonic()
-        self.look_at = 0.0
+        self.since, self.look_at = time.monotonic(), 0.0
         self.stacks, self.ranks_at = Stacks(Path(config.folder), env.rank), 0.0
         self._lock = threading.Lock()
 
@@ -296,5 +295,5 @@ class Watch:
 
 
 def _short(error: str) -> str:
-    """The last sentence of gloo's or NCCL's message, without the path of its source."""
-    return re.sub(r"^\[.*?\] ", "", error.strip().splitlines()[0])[:200]
+    """The first sentence of gloo's or NCCL's message, without the path of its source."""
+    return re.split(r"\.(?=\s|$)", re.sub(r"^\[.*?\] ", "", error.strip().splitlines()[0]))[0][:200]
