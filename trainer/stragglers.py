@@ -29,6 +29,7 @@ from exfm.trainer.watch import BEAT_S, Doing
 
 SLOW, INTERVALS = 1.3, 2  # so many times the others' median, in so many intervals in a row
 NOISE_MS = 1.0  # a smaller difference is not worth a word
+STEPS = 20  # an interval is longer where it had fewer: their median would be noise
 FEW, NAMED = 16, 5  # up to FEW ranks metrics.jsonl has all, else the NAMED slowest
 IN_STEP = {READING, LOOKUP, FORWARD, BACKWARD, OPTIMIZER, PIPELINE, BOOKKEEPING}
 
@@ -61,7 +62,7 @@ class OwnTime:
         if stage == OPTIMIZER:  # the last one of a step
             self.steps_s.append(self.step_s)
             self.step_s = 0.0
-            if (now := time.monotonic()) - self.begun >= self.every_s:
+            if len(self.steps_s) >= STEPS and (now := time.monotonic()) - self.begun >= self.every_s:
                 self.begun = now
                 self._tell()
 

@@ -13,7 +13,7 @@ import torch
 from exfm.trainer.anatomy import Anatomy
 from exfm.trainer.beats import Beat
 from exfm.trainer.env import RankEnv
-from exfm.trainer.stragglers import OwnTime, Ranks, _median_without
+from exfm.trainer.stragglers import STEPS, OwnTime, Ranks, _median_without
 from exfm.trainer.watch import Doing
 from tests.trainer.jobs import parsed, teacher
 from tests.trainer.test_watch import HOST, Launch, launch, stream, wait_until
@@ -118,19 +118,18 @@ def test_on_a_cpu_waiting_for_peers_is_not_a_ranks_own(engine: dict[str, str], e
     own, anatomy, doing = own_time(tmp_path, dense_engine=engine)
     own.cpu = clock = Clock()  # type: ignore[assignment]
     own.every_s = 0.0
-    for stage, wall, ran in [("waiting", 50.0, 1.0), ("committing", 50.0, 9.0), *STEP]:
+    for stage, wall, ran in [("waiting", 50.0, 1.0), ("committing", 50.0, 9.0), *STEP * STEPS]:
         clock.now += ran
         anatomy.heard(stage, wall)
-    assert doing.own == {"window": 1, "p50_ms": 1000 * expected, "p95_ms": 1000 * expected, "steps": 1}
+    assert doing.own == {"window": 1, "p50_ms": 1000 * expected, "p95_ms": 1000 * expected, "steps": STEPS}
 
 
 def test_on_a_gpu_only_stages_without_collectives_count(tmp_path: Path) -> None:
     own, anatomy, doing = own_time(tmp_path)
     own.cpu, own.every_s = None, 0.0
-    for _ in range(2):
-        for stage, wall, _ in STEP:
-            anatomy.heard(stage, wall)
-    assert doing.own == {"window": 2, "p50_ms": 7000.0, "p95_ms": 7000.0, "steps": 1}
+    for stage, wall, _ in STEP * STEPS * 2:
+        anatomy.heard(stage, wall)
+    assert doing.own == {"window": 2, "p50_ms": 7000.0, "p95_ms": 7000.0, "steps": STEPS}
 
 
 def test_a_job_of_one_rank_measures_nothing(tmp_path: Path) -> None:
