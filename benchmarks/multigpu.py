@@ -78,7 +78,8 @@ def train(
     config = str(ROOT / "configs/synth_teacher.yaml")
     command = [sys.executable, "-m", "exfm.launch.cli", "train", config, "--nproc", str(ranks), "--max-restarts", "0"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
-    said = (done.stderr.strip().splitlines() or [""])[-1]
+    words = done.stderr.strip().splitlines() or [""]
+    said = next((word for word in words if word.startswith("exfm:")), words[-1])
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     losses = [line["metrics"]["all"]["click"]["log_loss"] for line in lines if line["kind"] == "slice"]

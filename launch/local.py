@@ -23,13 +23,12 @@ from exfm.checkpoints.warm import warm_source
 from exfm.data.commit import nan_for_null
 from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
+from exfm.launch.cause import guessed, told
 from exfm.trainer.config import check_against_stream, check_ranks
-from exfm.trainer.ending import read_exit
+from exfm.trainer.ending import FAILED, read_exit
 from exfm.trainer.learning import check_beginning
 from exfm.trainer.score_config import ScoreConfig, check_scorer, load_any
 from exfm.trainer.state import check_identity
-
-LOG_TAIL_LINES = 25
 
 
 @dataclass
@@ -49,6 +48,8 @@ class LocalJob:
     settled: bool = False
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
     _read: int = 0
+    _log_read: int = 0
+    _begun: float = 0.0
     last: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +104,7 @@ class LocalJob:
         # one thread per rank unless the user says otherwise: ranks share the cores
         env = {"OMP_NUM_THREADS": str(self.job.run.threads_per_rank), **environment}
         with open(logs / "torchrun.log", "ab") as log:
+            self._log_read, self._begun = log.tell(), time.time()
             # a session of its own: Ctrl-C reaches the launcher alone, which asks the ranks to commit
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -154,20 +156,21 @@ class LocalJob:
         return word if word is not None and word["run_id"] == self.run_id else None
 
     def outcome(self) -> tuple[int, str]:
-        """(exit code, message) of an ended job: exit.json's word, or torchrun's with the end of the log."""
+        """(exit code, message) of an ended job: the first cause, from exit.json and from what torchrun saw of its processes."""
         assert self.process is not None
-        if (word := self._word()) is not None:
+        word = self._word()
+        if word is not None and word["exit_code"] != FAILED:
             return int(word["exit_code"]), str(word["message"])
-        if self.process.returncode == 0:
+        if word is None and self.process.returncode == 0:
             return 0, ""
-        if self.asked:  # stopped before a rank had begun: nothing was trained, nothing is lost
+        if word is None and self.asked:  # stopped before a rank had begun: nothing was trained, nothing is lost
             return 75, ""
-        tail = (self.folder / "logs" / "torchrun.log").read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return (
-            1,
-            f"torchrun ended with {self.process.returncode}; end of {self.folder}/logs/torchrun.log:\n"
-            + "\n".join(tail),
-        )
+        with open(self.folder / "logs" / "torchrun.log", "rb") as file:
+            file.seek(self._log_read)
+            log = file.read().decode(errors="replace")
+        if word is None:
+            return FAILED, guessed(self.folder, log, self.process.returncode, self._begun)
+        return FAILED, told(word, self.folder, log, self._begun)
 
 
 def descendants(pid: int) -> list[int]:

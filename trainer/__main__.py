@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from exfm.data.errors import UserError
 from exfm.trainer.env import rank_env
+from exfm.trainer.ranklog import keep_log
 from exfm.trainer.run import WRONG_INPUT, rank_main
 from exfm.trainer.score_config import load_any
 
@@ -24,7 +26,10 @@ def main() -> int:
     except UserError as error:
         print(f"exfm: {error}", file=sys.stderr)
         return WRONG_INPUT
-    return rank_main(config, rank_env(), arguments.follow)
+    env = rank_env()
+    if env.launched:
+        keep_log(Path(config.run.folder), env)
+    return rank_main(config, env, arguments.follow)
 
 
 def leave(code: int) -> NoReturn:

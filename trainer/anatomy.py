@@ -5,7 +5,7 @@ then lasts as long as that stream worked or waited in it, so what overlaps count
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter, time
 from typing import Any
@@ -45,6 +45,7 @@ class Anatomy:
         self.begun_at = time()  # of the job's first attempt
         self.stage = STARTING
         self.annotate = False
+        self.heard: Callable[[str, float], None] = lambda stage, seconds: None  # told of every stage that has ended
         self._range: Any = None
         self._marks: deque[tuple[str, Any]] = deque()  # (stage, event at its beginning)
         self._last: Any = self._now()
@@ -53,7 +54,7 @@ class Anatomy:
         """From here on it is `stage`."""
         now = self._now()
         if self.stream is None:
-            self.kept[self.stage] += now - self._last
+            self._count(self.stage, now - self._last)
         else:
             self._marks.append((self.stage, self._last))
             if len(self._marks) > BEHIND:
@@ -122,7 +123,11 @@ class Anatomy:
             elif not event.query():
                 return
             stage, begin = self._marks.popleft()
-            self.kept[stage] += begin.elapsed_time(event) / 1000
+            self._count(stage, begin.elapsed_time(event) / 1000)
+
+    def _count(self, stage: str, seconds: float) -> None:
+        self.kept[stage] += seconds
+        self.heard(stage, seconds)
 
 
 class Pace:

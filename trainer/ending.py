@@ -2,18 +2,23 @@
 
 import json
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from exfm.trainer.env import RankEnv
+from exfm.trainer.ranklog import rank_log
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 
 
-def write_exit(folder: Path, code: int, message: str, env: RankEnv, final: bool = False) -> None:
+def write_exit(
+    folder: Path, code: int, message: str, env: RankEnv, final: bool = False, where: tuple[str, int] = ("", 0)
+) -> None:
     """Whole or not at all. The first rank that fails has its word; later ones fail because of it.
 
-    final: another attempt would end the same way.
+    final: another attempt would end the same way. where: phase and step of this rank when it failed.
     """
     if code in (DONE, STOPPED) and env.rank != 0:
         return
@@ -25,6 +30,12 @@ def write_exit(folder: Path, code: int, message: str, env: RankEnv, final: bool 
         "run_id": env.run_id,
         "attempt": env.attempt,
         "final": final,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "phase": where[0],
+        "step": where[1],
+        "at": time.time(),
+        "log": str(rank_log(folder, env.rank)),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

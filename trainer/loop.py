@@ -32,11 +32,12 @@ from exfm.trainer.metrics import Metrics, Predictions
 from exfm.trainer.planning import PLAN
 from exfm.trainer.publish import Publisher
 from exfm.trainer.steps import PIPELINES, Feed, HostCopies, Pipeline
+from exfm.trainer.stragglers import OwnTime
 from exfm.trainer.summary import slice_line, write_summary
 from exfm.trainer.teachers import Teachers
 from exfm.trainer.trace import Tracer
 from exfm.trainer.waiting import wait_together
-from exfm.trainer.watch import BUILDING, SAVING, Doing
+from exfm.trainer.watch import BUILDING, Doing
 
 
 @dataclass
@@ -67,8 +68,9 @@ class Job:
         """planned: the sharding plan, and in words where it comes from; made here if it is not given."""
         self.config, self.env, self.device, self.should_stop = config, env, device, should_stop
         self.doing = doing or Doing()
-        self.doing.phase = BUILDING
+        self.doing.phase, self.doing.failed = BUILDING, None
         self.anatomy = Anatomy(device)
+        self.own = OwnTime(config, env, self.anatomy, self.doing)
         self.folder = Path(config.run.folder)
         self.stream: Stream = open_stream(config.stream.path, config.stream.labels)
         self.slices = slices_of(self.stream, config.stream)
@@ -137,7 +139,7 @@ class Job:
     # ---------------------------------------------------------------- training
 
     def close(self) -> None:
-        self.doing.phase = SAVING
+        self.doing.closing()
         self.tracer.close()
         self.commits.saver.close()
         self.log.close()
@@ -332,6 +334,7 @@ class Job:
 
     def _line(self, reader: SliceReader) -> None:
         if self.log.due():
+            self.own.report(self.log, self.progress.step)
             slice_line(self, reader)
             if self.commits.saver.busy():
                 self.log.say(self.commits.saver.progress_line())

@@ -166,7 +166,7 @@ def rank_main(config: JobConfig | ScoreConfig, env: RankEnv, follow: bool = Fals
     asked: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
-    watch = Watch(config.run, env, lambda word: write_exit(folder, FAILED, word, env))
+    watch = Watch(config.run, env, lambda word: write_exit(folder, FAILED, word, env, where=watch.doing.where()))
     final = False
     with watch.running():
         try:
@@ -182,7 +182,7 @@ def rank_main(config: JobConfig | ScoreConfig, env: RankEnv, follow: bool = Fals
         except Exception as error:
             traceback.print_exc()
             code, message = FAILED, f"{type(error).__name__}: {error}"
-    write_exit(folder, code, message, env, final or code in (WRONG_INPUT, STOPPED))
+    write_exit(folder, code, message, env, final or code in (WRONG_INPUT, STOPPED), watch.doing.where())
     if message and code != DONE:
         print(f"exfm: {message}", file=sys.stderr, flush=True)
     return code

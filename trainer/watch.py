@@ -4,7 +4,6 @@ A daemon thread of every rank publishes, once a second, what its main thread is 
 group it has issued. Others read that only in need. The rank with the fewest collectives is the one that the others wait for.
 """
 
-import faulthandler
 import json
 import os
 import re
@@ -14,9 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_group, _get_default_store
 
 from exfm.data.errors import UserError
+from exfm.trainer.beats import Beat, judge, read_beats, silent_ranks
 from exfm.trainer.config import RunConfig
 from exfm.trainer.env import RankEnv
+from exfm.trainer.stacks import ANSWER_S, Stacks, here
 
 BEAT_S = 1.0
 LOOK_S = 3.0  # a rank whose heartbeat does not move for so long is silent
@@ -49,62 +50,24 @@ class RankLost(RuntimeError):
 
 
 class Doing:
-    """What this rank's main thread is doing: set by the loop, read by the watch."""
+    """What this rank's main thread is doing: set by the loop, read by the watch. `ranks` is set by the watch of rank 0."""
 
     def __init__(self) -> None:
         self.phase, self.step = "starting", 0
         self.moved: Callable[[], int] = lambda: 0  # bytes of checkpoints read and written
+        self.failed: tuple[str, int] | None = None
+        self.own: dict[str, Any] = {}  # window, p50_ms, p95_ms and steps of Beat
+        self.ranks: list[Beat] = []
 
+    def closing(self) -> None:
+        """What runs is ended in order; where an error ends it, the place of that error is kept."""
+        if sys.exc_info()[0] is not None:
+            self.failed = self.phase, self.step
+        self.phase = SAVING
 
-@dataclass(frozen=True)
-class Beat:
-    """One rank's heartbeat. number: grows with every beat; at: its wall clock; last: its word if it has ended."""
-
-    rank: int
-    host: str = "unknown"
-    pid: int = 0
-    number: int = 0
-    at: float = 0.0
-    phase: str = JOINING
-    step: int = 0
-    collectives: int = 0
-    last: str = ""
-    moved: int = 0
-
-    def who(self) -> str:
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-    def where(self) -> str:
-        return f"in '{self.phase}' after step {self.step}, collective {self.collectives}"
-
-
-def silent_ranks(before: Sequence[Beat], after: Sequence[Beat], me: int) -> list[Beat]:
-    """Whose heartbeat stood still between two moments, though they have not said that they end."""
-    return [b for a, b in zip(before, after, strict=True) if a.number == b.number and not b.last and b.rank != me]
-
-
-def judge(before: Sequence[Beat], after: Sequence[Beat], me: int, still_s: float, died: bool) -> str:
-    """Who holds up rank `me`, from all heartbeats at two moments LOOK_S apart. died: a connection to a peer was closed."""
-    own = after[me]
-    here = f"rank {me} was {own.where()}"
-    if silent := silent_ranks(before, after, me):
-        now = time.time()
-        words = [
-            f"{b.who()} {'died' if died else f'has not been heard of for {now - b.at:.0f} s:'} {b.where()}"
-            for b in silent
-        ]
-        return f"{'; '.join(words)}; {here}"
-    if ended := sorted((b for b in after if b.last and b.rank != me), key=lambda b: b.at):
-        return f"{ended[0].who()} ended {ended[0].where()}: {ended[0].last}; {here}"
-    fewest, most = min(b.collectives for b in after), max(b.collectives for b in after)
-    late = [b for b in after if b.collectives == fewest]
-    if len(after) > 1 and fewest == most:
-        words = [f"rank {b.rank} in '{b.phase}'" for b in after[:8]]
-        return f"all ranks have issued collective {most} and none moves since {still_s:.0f} s: {', '.join(words)}"
-    verdict = "; ".join(f"{b.who()} hangs {b.where()}" for b in late[:8])
-    if fewest == most or own in late:
-        return f"{verdict}, since {still_s:.0f} s"
-    return f"{verdict}; rank {me} waits for it in collective {own.collectives} since {still_s:.0f} s"
+    def where(self) -> tuple[str, int]:
+        """Phase and step: now, or of the error that ends this rank."""
+        return self.failed or (self.phase, self.step)
 
 
 class Watch:
@@ -117,8 +80,8 @@ class Watch:
         self.backends: list[Any] = []
         self.number, self.last, self.asked = 0, "", False
         self.state: tuple[str, int, int, int] = ("", 0, 0, 0)
-        self.since = time.monotonic()
-        self.look_at = 0.0
+        self.since, self.look_at = time.monotonic(), 0.0
+        self.stacks, self.ranks_at = Stacks(Path(config.folder), env.rank), 0.0
         self._lock = threading.Lock()
 
     @contextmanager
@@ -190,7 +153,11 @@ class Watch:
         still = now - self.since
         if self.asked and still > STUCK_S and state[0] == JOINING and self.store is None:
             self._end(f"rank {self.env.rank} was asked to stop while it waited for the other ranks", spoken=False)
-        if self.store is None or self.last or now < self.look_at:
+        if self.store is None or self.last:
+            return
+        with suppress(RuntimeError):
+            self._serve(now)
+        if now < self.look_at:
             return
         patience = self.config.timeout_s if state[0].startswith(SLOW) else self.config.hang_s
         if still < patience and not (self.asked and still > STUCK_S):
@@ -198,8 +165,9 @@ class Watch:
         verdict = self._verdict(still, still >= patience)
         # while it looked, things may have moved, or the main thread may have found out by itself
         if verdict and state == self._state() and not self.last:
-            self._dump()
-            self._end(verdict)
+            self._save_stacks()
+            if state == self._state() and not self.last:
+                self._end(verdict)
         self.look_at = time.monotonic() + LOOK_AGAIN_S
 
     def _state(self) -> tuple[str, int, int, int]:
@@ -227,14 +195,40 @@ class Watch:
             f"rank {self.env.rank} was {self._own().where()}"
         )
 
-    def _dump(self) -> None:
-        path = Path(self.config.folder) / "logs" / f"hang-rank-{self.env.rank}.txt"
+    def _serve(self, now: float) -> None:
+        """What the other ranks want: a look at a process of this host, and at rank 0 all heartbeats for the loop."""
+        if now > self.stacks.spy_at:
+            self._spy()
+        if self.env.rank == 0 and self.env.world_size > 1 and now >= self.ranks_at:
+            self.ranks_at = now + max(self.config.log_every_s, BEAT_S)
+            self.doing.ranks = self._read()
+
+    def _save_stacks(self) -> None:
+        """Of all ranks, before this one ends."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            print(f"exfm: cannot write {path}: {error}", file=sys.stderr, flush=True)
+            with self._lock:
+                if self.store is not None:
+                    self.stacks.ask(self.store)
+            end = time.monotonic() + ANSWER_S
+            while time.monotonic() < end and self._missing():
+                time.sleep(BEAT_S / 4)
+                self._publish()
+            self._spy()
+        except RuntimeError:  # the store does not answer
+            self.stacks.write(self._own())
+
+    def _missing(self) -> list[int]:
+        with self._lock:
+            return [] if self.store is None else self.stacks.missing(self.store, self.env.world_size)
+
+    def _spy(self) -> None:
+        """Look at the processes of this host that have not answered."""
+        silent = self._missing()
+        beats = self._read() if silent else []
+        with self._lock:
+            mine = [] if self.store is None else self.stacks.claimed(self.store, here(beats, silent))
+        for rank in mine:
+            self.stacks.spy(beats[rank])
 
     def _end(self, message: str, spoken: bool = True) -> None:
         """End the process: the main thread is stuck where no exception reaches it."""
@@ -253,12 +247,12 @@ class Watch:
     def _own(self) -> Beat:
         env, doing = self.env, self.doing
         return Beat(
-            env.rank, socket.gethostname(), os.getpid(), self.number, time.time(), doing.phase, doing.step,
-            self._collectives(), self.last, doing.moved(),
+            env.rank, socket.gethostname(), os.getpid(), self.number, time.time(), *doing.where(),
+            self._collectives(), self.last, doing.moved(), **doing.own,
         )  # fmt: skip
 
     def _publish(self) -> None:
-        """A store that does not answer is told where heartbeats are read."""
+        """Also answers who asks for stacks. A store that does not answer is told where heartbeats are read."""
         beat = self._own()
         with self._lock:
             self.number += 1
@@ -266,14 +260,13 @@ class Watch:
                 return
             with suppress(RuntimeError):
                 self.store.set(str(beat.rank), json.dumps(asdict(beat)))
+                if self.stacks.asked(self.store):
+                    self.stacks.write(beat)
+                    self.stacks.answered(self.store)
 
     def _read(self) -> list[Beat]:
-        beats = []
-        for rank in range(self.env.world_size):
-            with self._lock:
-                known = self.store is not None and self.store.check([str(rank)])
-                beats.append(Beat(**json.loads(self.store.get(str(rank)))) if known else Beat(rank))
-        return beats
+        with self._lock:
+            return read_beats(self.store, self.env.world_size, JOINING)
 
     def _look(self) -> tuple[list[Beat], list[Beat]]:
         """All heartbeats now and LOOK_S later; this rank's own go on."""
@@ -302,5 +295,5 @@ class Watch:
 
 
 def _short(error: str) -> str:
-    """The last sentence of gloo's or NCCL's message, without the path of its source."""
-    return re.sub(r"^\[.*?\] ", "", error.strip().splitlines()[0])[:200]
+    """The first sentence of gloo's or NCCL's message, without the path of its source."""
+    return re.split(r"\.(?=\s|$)", re.sub(r"^\[.*?\] ", "", error.strip().splitlines()[0]))[0][:200]

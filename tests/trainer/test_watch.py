@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
 
 from exfm.data.errors import UserError
-from exfm.trainer.env import RankEnv
-from exfm.trainer.watch import Beat, Watch, judge
+from exfm.launch.cause import told
+from exfm.trainer.beats import Beat, judge
+from exfm.trainer.env import RankEnv, process_group
+from exfm.trainer.stacks import Stacks
+from exfm.trainer.watch import Watch
 from tests.trainer.jobs import make_stream, parsed, teacher
 from tests.warm import forked
 
@@ -63,6 +70,17 @@ class Launch:
     def word(self) -> dict[str, Any]:
         return json.loads((self.folder / "exit.json").read_text())
 
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def told(self) -> str:
+        """What `exfm train` would say."""
+        return told(self.word(), self.folder, self.said(), 0.0)
+
+    def stacks(self, rank: int) -> str:
+        return (self.folder / "logs" / f"hang-rank-{rank}.txt").read_text()
+
     def close(self) -> None:
         for pid in [*self.pids().values(), self.process.pid]:
             try:
@@ -86,6 +104,10 @@ def launch(warm: None, tmp_path: Path, stream: str) -> Iterator[Callable[..., La
         one.close()
 
 
+def spy_here() -> bool:
+    return bool(shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent)))
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -105,6 +127,10 @@ def test_ranks_leave_soon_after_one_is_killed_and_name_it(dead: int, launch: Cal
     assert word["exit_code"] == 1 and word["rank"] != dead and not word["final"]
     assert f"rank {dead} (host {HOST}, pid {pids[dead]}) died in '" in word["message"]
     assert "after step 1" in word["message"] and f"; rank {word['rank']} was in '" in word["message"]
+    text = job.told()
+    assert f"\n  rank {dead}: killed by SIGKILL (out of memory? see dmesg" in text and len(text.splitlines()) <= 6
+    assert f"said by rank {word['rank']} (host {HOST}, pid {pids[word['rank']]}), in '" in text
+    assert "read: " + ", ".join(f"{job.folder}/logs/rank-0000{r}.log" for r in (dead, word["rank"])) in text
 
 
 def test_a_stopped_rank_is_named_as_not_heard_of(launch: Callable[..., Launch]) -> None:
@@ -116,7 +142,12 @@ def test_a_stopped_rank_is_named_as_not_heard_of(launch: Callable[..., Launch]) 
     assert 3 < time.monotonic() - begun < 20
     word = job.word()
     assert word["rank"] == 0 and f"rank 1 (host {HOST}, pid {pids[1]}) has not been heard of for" in word["message"]
-    assert "in _segment" in (job.folder / "logs" / "hang-rank-0.txt").read_text()
+    assert "in _segment" in job.stacks(0)
+    # it cannot write its own
+    theirs = job.stacks(1)
+    assert theirs.startswith(f"rank 1 (host {HOST}, pid {pids[1]}) in '") and "its process is stopped" in theirs
+    assert ("_segment" if spy_here() else "if it were installed") in theirs
+    assert job.told().splitlines()[-1] == f"  stacks: {job.folder}/logs/hang-rank-K.txt of rank(s) 0, 1"
 
 
 def test_ranks_asked_to_stop_do_not_wait_for_one_that_is_gone(launch: Callable[..., Launch]) -> None:
@@ -132,7 +163,9 @@ def test_ranks_asked_to_stop_do_not_wait_for_one_that_is_gone(launch: Callable[.
     assert f"pid {pids[1]}) has not been heard of" in job.word()["message"]
 
 
-def test_a_rank_stuck_in_python_is_named_with_its_phase_and_its_stack_is_kept(launch: Callable[..., Launch]) -> None:
+def test_a_rank_stuck_in_python_is_named_with_its_phase_and_the_stacks_of_all_are_kept(
+    launch: Callable[..., Launch],
+) -> None:
     job = launch(3, "stuck", 1, hang_s=3.0)
     wait_until(lambda: 1 in job.pids())
     pid = job.pids()[1]
@@ -140,15 +173,22 @@ def test_a_rank_stuck_in_python_is_named_with_its_phase_and_its_stack_is_kept(la
     message = job.word()["message"]
     assert message.startswith(f"rank 1 (host {HOST}, pid {pid}) hangs in 'reading a batch' after step ")
     assert " since 3 s" in message or " since 4 s" in message
-    assert "victim.py" in (job.folder / "logs" / "hang-rank-1.txt").read_text()
+    assert "victim.py" in job.stacks(1)
+    for other in (0, 2):
+        assert job.stacks(other).startswith(f"rank {other} (host ") and "in _segment" in job.stacks(other)
 
 
 def test_a_rank_that_fails_by_itself_has_its_own_words_in_the_others_mouths(launch: Callable[..., Launch]) -> None:
     job = launch(2, "raise", 1)
     assert job.end() == 1
-    assert "this rank cannot go on" in job.word()["message"]
-    job.log.seek(0)
-    assert f"exfm: rank 1 (host {HOST}, pid " in job.log.read()
+    word = job.word()
+    assert word["message"] == "ValueError: this rank cannot go on"
+    assert (word["rank"], word["host"], word["phase"]) == (1, HOST, "reading a batch") and 30 < word["step"] < 45
+    assert f"exfm: rank 1 (host {HOST}, pid " in job.said()
+    own = (job.folder / "logs" / "rank-00001.log").read_text()
+    assert re.match(rf"---- \S+ rank 1 of 2, host {HOST}, pid {word['pid']}, attempt 0, run ", own)
+    assert "Traceback (most recent call last)" in own and own.endswith("exfm: ValueError: this rank cannot go on\n")
+    assert "this rank cannot go on" in job.told().splitlines()[0] and f"read: {word['log']}" in job.told()
 
 
 def test_a_commit_that_takes_longer_than_hang_s_is_no_hang(launch: Callable[..., Launch]) -> None:
@@ -229,3 +269,13 @@ def test_an_error_that_no_peer_caused_keeps_its_words(monkeypatch: pytest.Monkey
     monkeypatch.setattr(watch, "_look", lambda: (lagging, later(lagging)))
     assert watch._explain("Timed out waiting 600000ms").startswith("rank 1 (host h, pid 101) hangs in")
     assert watch._explain("") == ""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_flight_recorder_is_saved_beside_the_stacks(tmp_path: Path) -> None:
+    with process_group(RankEnv(), torch.device("cuda", 0), 60):
+        dist.all_reduce(torch.ones(4, device="cuda"))
+        torch.cuda.synchronize()
+        Stacks(tmp_path, 0).write(Beat(0))
+    trace = json.loads((tmp_path / "logs" / "nccl-trace-rank-0.json").read_text())
+    assert any("all_reduce" in entry["profiling_name"] for entry in trace["entries"])

@@ -17,12 +17,12 @@ STEP_S, FAULT_AT = 0.02, 40
 
 
 def slow_reader(fault: str) -> None:
-    """Every batch takes STEP_S; the FAULT_AT-th one never comes (stuck) or is an error (raise)."""
+    """Every batch takes STEP_S, or (slow) three times that; the FAULT_AT-th one never comes (stuck) or is an error (raise)."""
     read, count = SliceReader.batches, itertools.count(1)
 
     def batches(self: SliceReader, *args: Any, **named: Any) -> Iterator[Batch]:
         for batch in read(self, *args, **named):
-            time.sleep(STEP_S)
+            time.sleep(STEP_S * (3 if fault == "slow" else 1))
             number = next(count)
             if number == FAULT_AT and fault == "stuck":
                 time.sleep(1000)
