@@ -183,6 +183,7 @@ def test_a_pipeline_of_a_teacher_on_two_nodes_of_two_and_a_student_runs_and_is_f
     fm = make(tmp_path / "fm", stream, "fm")
     pupil = student(tmp_path / "pupil", stream, tmp_path / "fm/supervision/fm", "auxiliary_head")
     pupil = replaced(pupil, run__name="pupil", stream__on_missing="wait", distillation__learn__wait_s=600.0)
+    pupil["checkpoint"] = {"every_slices": 1}
     for raw in (fm, pupil):
         (tmp_path / f"{raw['run']['name']}.yaml").write_text(yaml.safe_dump(raw))
     jobs = [{"config": "fm.yaml", "slurm": {"nodes": 2, "nproc_per_node": 2}}, {"config": "pupil.yaml"}]
