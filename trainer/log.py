@@ -19,13 +19,19 @@ class RunLog:
         self.last = self.begun = time.monotonic()
         if speaks:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+            path = folder / "metrics.jsonl"
+            self.before = path.stat().st_mtime if path.exists() else None  # the last record of an earlier start
+            self.file = path.open("a", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One JSON line; its numbers also go to TensorBoard under `kind/`."""
+        """One JSON line; its numbers also go to TensorBoard under `kind/`. gap_s, of the first progress of a start: since the last record of the one before."""
         if not self.speaks:
             return
+        if self.before is not None and kind in ("progress", "slice", "score"):
+            values = {**values, "gap_s": time.time() - self.before}
+            self.say(f"going again: step {step}, {values['gap_s']:.1f} s after what was last recorded before")
+            self.before = None
         line = {"kind": kind, "time": time.time(), "step": step, **values}
         self.file.write(json.dumps(null_for_nan(line)) + "\n")
         for key, value in _flat(values):
