@@ -17,7 +17,8 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, Finding, Installation, diagnose
+from exfm.data.finding import Finding
+from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, Installation, diagnose
 
 STALE_LOCK_S = 3600.0
 IMPORT_LIMIT_S = 300.0

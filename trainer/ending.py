@@ -2,12 +2,18 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from exfm.trainer.env import RankEnv
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def exit_folder(run: Path, preflight_only: bool) -> Path:
+    """Where exit.json goes: a preflight alone says nothing about the run."""
+    return run / "logs" / "preflight" if preflight_only else run
 
 
 def write_exit(folder: Path, code: int, message: str, env: RankEnv, final: bool = False) -> None:
@@ -33,7 +39,8 @@ def write_exit(folder: Path, code: int, message: str, env: RankEnv, final: bool 
         temporary.write_text(json.dumps(word))
         os.replace(temporary, path)
     except OSError:  # a full disk must not hide the message, which is printed too
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # as on a file system that is read-only
+            temporary.unlink()
 
 
 def read_exit(folder: Path) -> dict[str, Any] | None:
