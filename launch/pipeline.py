@@ -114,9 +114,7 @@ def scripts_of(path: Path, common: SlurmJob) -> list[Script]:
         raise UserError(f"{path}: several jobs are named {', '.join(twice)}; set run.name for each")
     for script in found:
         if unknown := [n for n in script.after if n not in names or n in script.names]:
-            raise UserError(
-                f"{path}: {script.names[0]} comes after {', '.join(unknown)}; there are: {', '.join(names)}"
-            )
+            raise UserError(f"{path}: {script.names[0]} comes after {', '.join(unknown)}; there are: {', '.join(names)}")
     return _ordered(path, found)
 
 

@@ -33,6 +33,8 @@ def run_preflight(job: LocalJob, environment: Mapping[str, str], as_json: bool) 
 
 def warnings(job: LocalJob) -> list[str]:
     """What the preflight of a running job found that did not keep it from starting."""
+    if job.job.run.preflight == "off":
+        return []
     try:
         findings = json.loads((job.folder / "logs" / FACTS).read_text())["findings"]
     except (OSError, ValueError):

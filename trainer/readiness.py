@@ -87,9 +87,7 @@ def _memory(facts: Sequence[Facts], needs: Needs) -> list[Finding]:
     found = []
     for f in facts:
         if f.device_bytes is not None and f.device_bytes < (need := needs.device_bytes[f.rank]):
-            what = (
-                f"{f.who} has {f.device_bytes / GIB:.2f} GiB of GPU memory free, the plan puts {need / GIB:.2f} there"
-            )
+            what = f"{f.who} has {_size(f.device_bytes)} of GPU memory free, the plan puts {_size(need)} there"
             found.append(Finding("error", what, "end what else uses that GPU, or use more ranks"))
     by_host: dict[str, list[Facts]] = defaultdict(list)
     for f in facts:
@@ -97,7 +95,7 @@ def _memory(facts: Sequence[Facts], needs: Needs) -> list[Finding]:
     for host, ranks in by_host.items():
         free, need = min(f.host_bytes for f in ranks), sum(needs.host_bytes[f.rank] for f in ranks)
         if free < need:
-            what = f"host {host} has {free / GIB:.2f} GiB of memory free, the plan puts {need / GIB:.2f} there on {len(ranks)} rank(s)"
+            what = f"host {host} has {_size(free)} of memory free, the plan puts {_size(need)} there on {len(ranks)} rank(s)"
             found.append(
                 Finding("error", what, "end what else runs there, start fewer ranks per host or use more hosts")
             )
@@ -109,7 +107,7 @@ def _disk(facts: Sequence[Facts], needs: Needs, storing: Storing) -> list[Findin
     need = storing.ahead * needs.checkpoint_bytes
     if free is None or free >= need:
         return []
-    what = f"{storing.folder} has {free / GIB:.3f} GiB free, the next {storing.ahead} checkpoint(s) take {need / GIB:.3f} GiB"
+    what = f"{storing.folder} has {_size(free)} free, the next {storing.ahead} checkpoint(s) take {_size(need)}"
     return [Finding("error", what, "free space there, lower checkpoint.keep or set another checkpoint.folder")]
 
 
@@ -226,12 +224,12 @@ class Report:
         ranks = [f for f in self.facts if f.host == host]
         offsets = dict(zip((f.rank for f in self.facts), from_median(self.facts), strict=True))
         gpus = [f.device_bytes for f in ranks if f.device_bytes is not None]
-        free, needed, gpu, gpu_needed = _gib(min(f.host_bytes for f in ranks)), "", "", ""
+        free, needed, gpu, gpu_needed = _size(min(f.host_bytes for f in ranks)), "", "", ""
         if self.needs is not None:
-            needed = _gib(sum(self.needs.host_bytes[f.rank] for f in ranks))
-            gpu_needed = _gib(max(self.needs.device_bytes[f.rank] for f in ranks)) if gpus else ""
+            needed = _size(sum(self.needs.host_bytes[f.rank] for f in ranks))
+            gpu_needed = _size(max(self.needs.device_bytes[f.rank] for f in ranks)) if gpus else ""
         if gpus:
-            gpu = _gib(min(gpus))
+            gpu = _size(min(gpus))
         clock = max((offsets[f.rank] for f in ranks), key=abs)
         numbers = f"{ranks[0].rank}" if len(ranks) == 1 else f"{ranks[0].rank}..{ranks[-1].rank}"
         return f"{host:20} {numbers:>12} {free:>12} {needed:>10} {gpu:>10} {gpu_needed:>10} {clock:>+8.3f}s"
@@ -239,7 +237,7 @@ class Report:
     def _rest(self) -> list[str]:
         lines = []
         if self.storing is not None and self.needs is not None and self._storing():
-            lines.append(f"{self.storing.folder}: {self._storing()} of {_gib(self.needs.checkpoint_bytes)}")
+            lines.append(f"{self.storing.folder}: {self._storing()} of {_size(self.needs.checkpoint_bytes)}")
         if self.speeds is not None:
             lines.append(self._speeds())
         return lines
@@ -248,5 +246,5 @@ class Report:
         return {"ok": not self.errors} | asdict(self)
 
 
-def _gib(size: int) -> str:
+def _size(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / MIB:.2f} MiB"
