@@ -69,6 +69,12 @@ class RunConfig(BaseModel):
 
     trace: TraceConfig | None = None
 
+    @field_validator("preflight", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        """YAML takes `off` for false."""
+        return "off" if value is False else value
+
     @field_validator("hang_s")
     @classmethod
     def _within_timeout(cls, value: float, info: ValidationInfo) -> float:

@@ -69,6 +69,8 @@ def measure(device: torch.device, hosts: Sequence[str], topology: Topology | Non
     kind, world = device.type, len(hosts)
     size = FIRST_BYTES[kind]
     rounds = steps(world)
+    if kind == "cuda":
+        _links(device, rounds, 1)  # NCCL connects two ranks when they first meet
     links = _links(device, rounds, size)
     if kind == "cuda" or len(set(hosts)) > 1:
         slowest = min(link.bytes_per_s for link in links)
@@ -80,7 +82,10 @@ def measure(device: torch.device, hosts: Sequence[str], topology: Topology | Non
         doubtful = sorted({s.link.step for s in slow_links(links, hosts, kind, topology)})
         again = {(link.sender, link.receiver): link for link in _links(device, doubtful, size)}
         links = [min(link, again.get((link.sender, link.receiver), link), key=lambda x: x.seconds) for link in links]
-    return Speeds(*_collectives(device, world, size), tuple(links))
+    speeds = Speeds(*_collectives(device, world, size), tuple(links))
+    if kind == "cuda":
+        torch.cuda.empty_cache()  # the model is built next
+    return speeds
 
 
 def steps(world_size: int) -> list[int]:
