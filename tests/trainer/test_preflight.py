@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,7 +191,7 @@ def command(line: str) -> None:
 
 @pytest.fixture
 def three_hosts() -> Iterator[list[str]]:
-    """Network namespaces of three hosts on one switch; the second sends at 160 Mb/s."""
+    """Network namespaces of three hosts on one switch; the second sends at 80 Mb/s."""
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("a network of its own needs root, ip and tc")
     tag = f"x{os.getpid()}"
@@ -208,7 +209,7 @@ def three_hosts() -> Iterator[list[str]]:
             command(f"ip -n {name} addr add 10.231.7.{i + 1}/24 dev eth0")
             command(f"ip -n {name} link set eth0 up")
             command(f"ip -n {name} link set lo up")
-        command(f"tc -n {names[1]} qdisc add dev eth0 root tbf rate 160mbit burst 64kbit latency 400ms")
+        command(f"tc -n {names[1]} qdisc add dev eth0 root tbf rate 80mbit burst 64kbit latency 400ms")
         yield names
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
@@ -244,11 +245,11 @@ def test_a_slow_link_is_named_by_its_hosts_and_does_not_keep_the_job_from_starti
     raw = job(tmp_path / "run", stream)
     assert on_ranks(3, on_host, three_hosts, str(tmp_path / "store"), raw) == [DONE] * 3
     report = json.loads((tmp_path / "run/logs/preflight.json").read_text())
-    (slow,) = report["findings"]
-    assert slow["level"] == "warn" and slow["what"].startswith("slow link node1 - node2: 1")
-    assert "MiB/s from rank 1 to rank 2, the others " in slow["what"]
+    (slow,) = [f for f in report["findings"] if "node1 - node2" in f["what"]]
+    assert slow["level"] == "warn"
+    assert re.match(r"slow link node1 - node2: \d\.\d MiB/s from rank 1 to rank 2, the others ", slow["what"])
     rates = {(x["sender"], x["receiver"]): x["size"] / x["seconds"] for x in report["speeds"]["links"]}
-    assert rates[1, 2] < 21e6 < min(rates[0, 1], rates[2, 0]) / 4  # 160 Mb/s are 20e6 bytes/s
+    assert rates[1, 2] < 10.5e6 and min(rates, key=lambda pair: rates[pair]) == (1, 2)  # 80 Mb/s are 10e6 bytes/s
     assert "WARN   slow link node1 - node2" in (tmp_path / "run/logs/preflight.txt").read_text()
 
 
