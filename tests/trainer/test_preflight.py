@@ -267,6 +267,19 @@ def test_a_job_trains_the_same_with_and_without_it(ranks, mode, links, on_ranks,
     assert report["ok"] and (report["speeds"] and len(report["speeds"]["links"])) == links
 
 
+@pytest.mark.gpu
+def test_the_free_memory_of_a_gpu_counts_what_torch_keeps_for_itself(stream, tmp_path):
+    device = torch.device("cuda", 0)
+    before = looking.free_device(device)
+    x = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    assert before - looking.free_device(device) == pytest.approx(2**28, rel=0.2)
+    del x
+    assert looking.free_device(device) == pytest.approx(before, rel=0.01)
+    assert run_preflight(parsed(job(tmp_path / "run", stream, run__device="cuda")), here()) == DONE
+    (fact,) = json.loads((tmp_path / "run/logs/preflight.json").read_text())["facts"]
+    assert 0 < fact["device_bytes"] <= torch.cuda.get_device_properties(0).total_memory
+
+
 def test_it_takes_one_line_to_say_that_all_is_well(stream, tmp_path, capfd):
     run(job(tmp_path / "run", stream), stop_after=1)
     said = [line for line in capfd.readouterr().err.splitlines() if "preflight" in line]
