@@ -30,6 +30,7 @@ DISTRIBUTIONS = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed
 PACKAGE = Path(__file__).resolve().parents[1]
 LAYERS = ("data", "embeddings", "models", "distillation", "sharding", "checkpoints", "trainer", "launch")
 CLOCK_ROUNDS = 4
+LONG = 60  # characters of a value that are shown
 MOST_KEYS = 50  # of what differs between ranks
 APPEARS_S = 3.0  # within which a file that was written is seen by other hosts
 
@@ -60,7 +61,7 @@ class Facts:
 def collect(config: JobConfig | ScoreConfig, env: RankEnv, device: torch.device) -> list[Facts]:
     """The facts of all ranks, on every rank; all ranks call. Needs a process group with CPU tensors."""
     own = identity(config)
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    digest = _digest(json.dumps(own, sort_keys=True).encode())
     folders = folders_of(config)
     probe = Probe(folders, env)
     first = gather((host_name(), os.getpid(), digest, free_host(), free_device(device), probe.word))
@@ -122,7 +123,7 @@ def versions() -> dict[str, str]:
 def sources() -> dict[str, str]:
     """A digest of every source file of exfm that is running."""
     files = sorted(p for layer in LAYERS for p in (PACKAGE / layer).rglob("*.py"))
-    return {p.relative_to(PACKAGE).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in files}
+    return {p.relative_to(PACKAGE).as_posix(): _digest(p.read_bytes()) for p in files}
 
 
 def identity(config: JobConfig | ScoreConfig) -> dict[str, str]:
@@ -137,8 +138,14 @@ def identity(config: JobConfig | ScoreConfig) -> dict[str, str]:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, Mapping) or not value:
-        return {prefix: json.dumps(value)[:60]}
+        word = json.dumps(value)
+        # of a long list the rest is in the digest
+        return {prefix: word if len(word) <= LONG else f"{word[:LONG]}... (sha256 {_digest(word.encode())})"}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def gather_differences(own: Mapping[str, str]) -> list[dict[str, str]]:

@@ -87,6 +87,9 @@ def test_a_rank_with_another_config_is_named_with_key_and_values(on_ranks, strea
     raw = job(tmp_path / "run", stream)
     word = refused(on_ranks, raw, {}, replaced(raw, run__seed=7))
     assert "config key run.seed is rank 1 (host" in word and ") 7, and 0 on the other; start all ranks with one" in word
+    long = [{"name": f"n{i}", "column": "user", "values": [i]} for i in range(9)]
+    raw = replaced(raw, stream__domains=long, run__folder=str(tmp_path / "long"))
+    assert "config key stream.domains" in refused(on_ranks, raw, {}, replaced(raw, stream__domains=long[:8]))
 
 
 @pytest.mark.parametrize(("ahead", "says"), [(30.0, "30.0 s ahead of"), (-7200.0, "7200.0 s behind")])
