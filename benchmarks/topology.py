@@ -25,7 +25,8 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 from exfm.data.errors import UserError
-from exfm.sharding.topology import Topology, gpu_here, host_bytes_here, preset_of, this_topology, write_topology
+from exfm.data.host import host_bytes_here
+from exfm.sharding.topology import Topology, gpu_here, preset_of, this_topology, write_topology
 
 CPU_RANKS = 2
 WARM_UP, MIN_REPEATS = 2, 3

@@ -33,6 +33,9 @@ for command in (status, logs, cancel, resume):
 app.add_typer(checkpoint_app, name="checkpoint")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+PreflightOnly = Annotated[
+    bool, typer.Option("--preflight-only", help="start the ranks, see whether the job could go on, and train nothing")
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the config")]
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -88,14 +91,18 @@ def train(
     config: Path,
     nproc: Annotated[int, typer.Option(help="ranks on this machine")] = 1,
     max_restarts: Annotated[int, typer.Option(help="restarts from the last commit after a rank has failed")] = 3,
+    preflight_only: PreflightOnly = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Run one job, teacher or student; resumes by itself from its last commit."""
     from exfm.launch.local import LocalJob, run_jobs
+    from exfm.launch.preflighting import run_preflight
     from exfm.launch.progress import JobView
 
     job = LocalJob(config, nproc, tuple(sets or ()), max_restarts)
+    if preflight_only:
+        raise typer.Exit(run_preflight(job, os.environ, as_json))
     with JobView(console, job.job.run.log_every_s) as view:
         code = run_jobs([job], os.environ, view)
     if as_json and code == 0:
@@ -111,17 +118,21 @@ def score(
         bool, typer.Option("--follow", help="wait for slices and snapshots that are not there yet")
     ] = False,
     max_restarts: Annotated[int, typer.Option(help="restarts after a rank has failed")] = 3,
+    preflight_only: PreflightOnly = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Log a teacher's predictions of slices whose labels need not exist yet; goes on where it stopped."""
     from exfm.launch.local import LocalJob, run_jobs
+    from exfm.launch.preflighting import run_preflight
     from exfm.launch.progress import JobView
     from exfm.trainer.score_config import ScoreConfig
 
     job = LocalJob(config, nproc, tuple(sets or ()), max_restarts, follow)
     if not isinstance(job.job, ScoreConfig):
         raise UserError(f"{config} has no section 'score'; it is a job for `exfm train`")
+    if preflight_only:
+        raise typer.Exit(run_preflight(job, os.environ, as_json))
     with JobView(console, job.job.run.log_every_s) as view:
         code = run_jobs([job], os.environ, view)
     if as_json and code == 0:

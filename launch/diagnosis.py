@@ -10,18 +10,9 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Level = Literal["ok", "warn", "error"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `fix` is a command line, empty where nothing is to be done."""
-
-    level: Level
-    what: str
-    fix: str = ""
+from exfm.data.finding import Finding
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`exfm doctor`: recognises a broken installation and prints the command that mends it.
+"""`exfm doctor`: recognises a broken installation, and a machine that others could not reach, and prints the command that mends it.
 
 Nothing here imports what a broken installation could break: versions come from the packages' metadata, and fbgemm_gpu
 and torchrec are imported in another process.
@@ -17,7 +17,9 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, Finding, Installation, diagnose
+from exfm.data.finding import Finding
+from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, Installation, diagnose
+from exfm.launch.machine import diagnose_machine, look
 
 STALE_LOCK_S = 3600.0
 IMPORT_LIMIT_S = 300.0
@@ -111,7 +113,7 @@ def find_stale_locks(root: Path, now_s: float) -> tuple[Path, ...]:
 
 def run(json: bool = False) -> int:
     """Print what is wrong with this machine's installation and the fixes; 1 if it cannot work, else 0."""
-    findings = diagnose(inspect_machine())
+    findings = [*diagnose(inspect_machine()), *diagnose_machine(look())]
     broken = any(finding.level == "error" for finding in findings)
     if json:
         print(json_module.dumps({"ok": not broken, "findings": [asdict(f) for f in findings]}, indent=2))

@@ -25,7 +25,7 @@ from exfm.data.errors import UserError
 from exfm.data.manifest import open_stream
 from exfm.launch.cause import guessed, told
 from exfm.trainer.config import check_against_stream, check_ranks
-from exfm.trainer.ending import FAILED, read_exit
+from exfm.trainer.ending import FAILED, exit_folder, read_exit
 from exfm.trainer.learning import check_beginning
 from exfm.trainer.score_config import ScoreConfig, check_scorer, load_any
 from exfm.trainer.state import check_identity
@@ -35,7 +35,7 @@ from exfm.trainer.state import check_identity
 class LocalJob:
     """One job: its config file, overrides, number of ranks on this machine and restarts after a rank has failed.
 
-    follow: of a scorer: wait for slices and snapshots that are not there yet.
+    follow: of a scorer: wait for slices and snapshots that are not there yet. preflight_only: only look whether it could start.
     """
 
     config: Path
@@ -43,6 +43,7 @@ class LocalJob:
     sets: tuple[str, ...] = ()
     max_restarts: int = 3
     follow: bool = False
+    preflight_only: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     asked: bool = False
     settled: bool = False
@@ -55,6 +56,10 @@ class LocalJob:
     def __post_init__(self) -> None:
         self.job = load_any(self.config, list(self.sets))
         self.folder = Path(self.job.run.folder)
+
+    @property
+    def _exits(self) -> Path:
+        return exit_folder(self.folder, self.preflight_only)
 
     @property
     def name(self) -> str:
@@ -86,7 +91,7 @@ class LocalJob:
         """Start torchrun; its output goes to <run>/logs/torchrun.log."""
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        (self.folder / "exit.json").unlink(missing_ok=True)
+        (self._exits / "exit.json").unlink(missing_ok=True)
         metrics = self.folder / "metrics.jsonl"
         self._read = metrics.stat().st_size if metrics.exists() else 0
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.nproc)]
@@ -98,6 +103,7 @@ class LocalJob:
             "exfm.trainer",
             str(self.config),
             *["--follow"] * (self.follow and isinstance(self.job, ScoreConfig)),
+            *["--preflight-only"] * self.preflight_only,
         ]
         for item in self.sets:
             command += ["--set", item]
@@ -152,7 +158,7 @@ class LocalJob:
 
     def _word(self) -> dict[str, Any] | None:
         """exit.json of this launch: another one that was kept out of the folder has left its word there too."""
-        word = read_exit(self.folder)
+        word = read_exit(self._exits)
         return word if word is not None and word["run_id"] == self.run_id else None
 
     def outcome(self) -> tuple[int, str]:

@@ -6,9 +6,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from exfm.launch.local import LocalJob
+from exfm.launch.preflighting import warnings
 
 
 class JobView:
@@ -19,6 +21,7 @@ class JobView:
         self.live = console.is_terminal
         self.tasks: dict[str, TaskID] = {}
         self.said: dict[str, float] = {}
+        self.met: set[str] = set()
         self.bars = Progress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=30),
@@ -38,6 +41,10 @@ class JobView:
         self.bars.stop()
 
     def update(self, job: LocalJob, line: dict[str, Any]) -> None:
+        if job.name not in self.met:
+            self.met.add(job.name)
+            for word in warnings(job):
+                self.console.print(f"[bold yellow]{job.name}: preflight warns:[/] {escape(word)}", highlight=False)
         if "share" not in line:
             return
         facts = (

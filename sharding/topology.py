@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from exfm.data.errors import UserError
+from exfm.data.host import host_bytes_here
 
 if TYPE_CHECKING:
     from torchrec.distributed import planner
@@ -193,14 +194,6 @@ def gpu_here() -> tuple[str, int]:
     if len(names := sorted({gpu.name for gpu in found})) > 1:
         raise UserError(f"this machine's GPUs differ ({', '.join(names)}); choose some with CUDA_VISIBLE_DEVICES")
     return found[0].name, min(gpu.total_memory for gpu in found)
-
-
-def host_bytes_here(root: Path = Path("/")) -> int:
-    """Host memory that is free, at most what this container may have."""
-    lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
-    free, limit = int(lines["MemAvailable"].split()[0]) * 1024, root / "sys/fs/cgroup/memory.max"
-    most = limit.read_text().strip() if limit.exists() else "max"
-    return free if most == "max" else min(free, int(most))
 
 
 def with_size(topology: Topology, world_size: int, ranks_per_node: int, replicas: int) -> Topology:

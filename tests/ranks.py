@@ -38,7 +38,14 @@ def forking() -> Any:
     # for the server alone: it must have no threads when it forks, and BLAS would start some
     os.putenv("OMP_NUM_THREADS", "1")
     context.set_forkserver_preload(
-        ["exfm.trainer.run", "exfm.launch.local", "exfm.launch.cli", "torch.distributed.run", "torch.distributed.optim"]
+        [
+            "exfm.trainer.run",
+            "exfm.launch.local",
+            "exfm.launch.cli",
+            "torch.distributed.run",
+            "torch.distributed.optim",
+            "tests.preloaded",
+        ]
     )
     return context
 

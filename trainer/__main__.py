@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--follow", action="store_true", help="of a scorer: wait for what is not there yet")
+    parser.add_argument("--preflight-only", action="store_true", help="only look whether the job could start")
     arguments = parser.parse_args()
     try:
         config = load_any(arguments.config, arguments.sets)
@@ -29,7 +30,7 @@ def main() -> int:
     env = rank_env()
     if env.launched:
         keep_log(Path(config.run.folder), env)
-    return rank_main(config, env, arguments.follow)
+    return rank_main(config, env, arguments.follow, arguments.preflight_only)
 
 
 def leave(code: int) -> NoReturn:

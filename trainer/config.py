@@ -51,6 +51,10 @@ class RunConfig(BaseModel):
     log_every_s: float = Field(5.0, gt=0)
     timeout_s: float = Field(600.0, gt=0, description="of every collective")
     hang_s: float = Field(300.0, gt=0, description="a rank still for so long ends the job, naming who it waits for")
+    preflight: Literal["full", "quick", "off"] = Field(
+        "full",
+        description="what is looked at before the model is built; quick: all but how fast ranks reach each other",
+    )
     nan_check_steps: int = Field(
         16, gt=0, description="a non-finite loss is noticed at most twice this many steps late"
     )
@@ -64,6 +68,12 @@ class RunConfig(BaseModel):
     )
 
     trace: TraceConfig | None = None
+
+    @field_validator("preflight", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        """YAML takes `off` for false."""
+        return "off" if value is False else value
 
     @field_validator("hang_s")
     @classmethod

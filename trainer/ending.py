@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from exfm.trainer.env import RankEnv
 from exfm.trainer.ranklog import rank_log
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def exit_folder(run: Path, preflight_only: bool) -> Path:
+    """Where exit.json goes: a preflight alone says nothing about the run."""
+    return run / "logs" / "preflight" if preflight_only else run
 
 
 def write_exit(
@@ -44,7 +50,8 @@ def write_exit(
         temporary.write_text(json.dumps(word))
         os.replace(temporary, path)
     except OSError:  # a full disk must not hide the message, which is printed too
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # as on a file system that is read-only
+            temporary.unlink()
 
 
 def read_exit(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import card, dense, lookup, peers
-from exfm.sharding.topology import host_bytes_here
+from exfm.data.host import host_bytes_here
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from exfm.data.errors import UserError
+from exfm.data.host import host_bytes_here
 from exfm.sharding.topology import (
     Topology,
     cpu_topology,
     gpu_topology,
-    host_bytes_here,
     read_topology,
     this_topology,
     with_size,
