@@ -1,5 +1,6 @@
 """How launched jobs are: what SLURM says of them beside what they say themselves, in their run folders."""
 
+import fcntl
 import json
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from exfm.launch.slurm.cluster import PENDING, Queued
 from exfm.trainer.ending import DONE, STOPPED, read_exit
 
 TAIL_BYTES = 1 << 16
-OVER = ("done", "failed", "cancelled", "timed out", "not submitted")
+OVER = ("done", "failed", "stopped early", "cancelled", "timed out", "not submitted", "not running")
 ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled", "TIMEOUT": "timed out", "PREEMPTED": "preempted", "NODE_FAIL": "node lost"}  # fmt: skip
 
 
@@ -67,7 +68,21 @@ def _state(job: Launched, queued: Queued | None, word: dict[str, Any] | None) ->
         return "failed", f"SLURM says {queued.state}; see {job.logs}"
     if job.job_id is None and job.script:
         return "not submitted", ""
-    return ("unknown to SLURM", "") if job.script else ("running or stopped", "")
+    if job.script:
+        return "unknown to SLURM", ""
+    return ("running" if is_locked(Path(job.run_folder)) else "not running"), ""
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a job holds its run folder, as far as this machine can tell."""
+    try:
+        with open(run / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def progress(run: Path) -> dict[str, Any]:
