@@ -41,7 +41,7 @@ from tests.trainer.starts import CPU, initial_state
 KINDS = ["table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Place = tuple[int, str]
 PLACES = [
-    (1, "table_wise"), *((2, kind) for kind in KINDS), (3, "row_wise"), (3, "column_wise"), (3, "data_parallel"),
+    (1, "table_wise"), (1, "data_parallel"), *((2, kind) for kind in KINDS), (3, "row_wise"), (3, "column_wise"), (3, "data_parallel"),
     (4, "table_wise"), (4, "table_row_wise"),
 ]  # fmt: skip
 ROWS = (7 * 32, 5 * 32)  # a source stops after slice 0: 7 steps, and 5 to go
@@ -192,7 +192,7 @@ def references(before: str, after: str, stream: str, folder: str) -> dict[torch.
         ((1, "table_wise"), (4, "row_wise")),
         ((2, "row_wise"), (3, "column_wise")),
         ((3, "column_wise"), (2, "data_parallel")),
-        ((4, "data_parallel"), (4, "table_row_wise")),
+        ((4, "table_wise"), (4, "table_row_wise")),
         ((4, "table_row_wise"), (1, "column_wise")),
         ((2, "column_wise"), (3, "table_wise")),
     ],

@@ -92,6 +92,7 @@ def make(folder: Path, stream: str, name: str = "job") -> Raw:
     return replaced(raw, stream__on_missing="wait", run__log_every_s=0.05, run__name=name)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_signalled_preempted_and_loses_nodes_ends_completed_with_the_undisturbed_weights(
     slurm: SlurmCluster, tmp_path: Path, rank_pool: Any
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_job_that_is_signalled_preempted_and_loses_nodes_ends_completed_with_t
     assert found["examples"] == sum(ROWS) and found["repeated"] == 0
 
 
+@pytest.mark.slow
 def test_of_three_nodes_one_is_lost_none_is_spare_and_the_job_goes_on_with_two(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_of_three_nodes_one_is_lost_none_is_spare_and_the_job_goes_on_with_two(
     assert {c.manifest["world_size"] for c in committed(tmp_path / "run/checkpoints")[-1:]} == {2}
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_over_goes_on_in_another_attempt(slurm: SlurmCluster, tmp_path: Path) -> None:
     stream = make_stream(tmp_path / "stream", ROWS[:2]).root
     hold(stream, 1)
@@ -209,6 +212,7 @@ def test_a_pipeline_of_a_teacher_on_two_nodes_of_two_and_a_student_runs_and_is_f
     assert committed(tmp_path / "fm/checkpoints")[-1].manifest["world_size"] == 4
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled_and_is_resumed_when_asked(slurm: SlurmCluster, tmp_path: Path) -> None:
     """Though its ranks end as those of a preempted one do."""
     stream = make_stream(tmp_path / "stream", ROWS[:2]).root

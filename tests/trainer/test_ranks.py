@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from exfm.trainer.facts import sources
 from tests.ranks import RankFailed
 
 
@@ -44,12 +43,3 @@ def test_a_hung_rank_is_killed_and_its_stack_shown(on_ranks):
     with pytest.raises(RankFailed, match=r"rank\(s\) \[1\] died or hung[\s\S]*hang_on_rank_1"):
         on_ranks(2, hang_on_rank_1, timeout_s=2)
     assert on_ranks(2, total, 0.0) == [(0, 2, 1.0), (1, 2, 1.0)]
-
-
-def known_sources() -> int:
-    return sources.cache_info().currsize
-
-
-def test_ranks_know_the_sources_that_they_were_forked_with(on_ranks):
-    """One that is started later would else read files that have been edited since."""
-    assert on_ranks(2, known_sources) == [1, 1]
