@@ -13,12 +13,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks._slurm import SlurmCluster, look, nodes_of, wait_until
 from exfm.checkpoints.commits import committed
 from exfm.data.errors import UserError
 from exfm.launch.auditing import audit_run
 from exfm.launch.cli import app
 from exfm.launch.slurm import cluster as queue
-from tests.launch.clusters import SlurmCluster, look, nodes_of, wait_until
 from tests.trainer.jobs import Raw, assert_same_outcome, make_stream, replaced, run, student, teacher
 
 pytestmark = pytest.mark.timeout(900)

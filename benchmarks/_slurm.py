@@ -11,8 +11,7 @@ from pathlib import Path
 from exfm.launch.slurm import cluster as queue
 from exfm.launch.slurm.cluster import Queued
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks/slurm_cluster.sh"
+SCRIPT = Path(__file__).resolve().with_name("slurm_cluster.sh")
 
 
 class SlurmCluster:
@@ -27,7 +26,8 @@ class SlurmCluster:
         done = subprocess.run(
             [str(SCRIPT), *command, str(self.state)], capture_output=True, text=True, env=os.environ | variables
         )
-        assert done.returncode == 0, done.stderr
+        if done.returncode:
+            raise RuntimeError(f"{SCRIPT} {' '.join(command)}: {done.stderr}")
 
     def close(self) -> None:
         self("stop")
@@ -64,5 +64,6 @@ def nodes_of(job_id: str) -> list[str]:
 def wait_until(condition: Callable[[], object], timeout_s: float = 240.0, every_s: float = 0.2) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it did not come to that in {timeout_s:g} s")
         time.sleep(every_s)
