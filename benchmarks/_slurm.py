@@ -1,5 +1,6 @@
 """A real SLURM of several nodes on this machine, and looking at the jobs that run on it."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from exfm.launch.slurm import cluster as queue
 from exfm.launch.slurm.cluster import Queued
@@ -59,6 +61,13 @@ def look(job_id: str) -> Queued:
 def nodes_of(job_id: str) -> list[str]:
     """In SLURM's order: the first one runs the script."""
     return queue.ask("scontrol", "show", "hostnames", look(job_id).nodes).split()
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """How far a job said that it was, line by line."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [x for x in map(json.loads, lines) if x["kind"] in ("progress", "slice")]
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 240.0, every_s: float = 0.2) -> None:

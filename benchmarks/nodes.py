@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks._slurm import SlurmCluster, look, nodes_of, wait_until
+from benchmarks._slurm import SlurmCluster, look, nodes_of, records, wait_until
 from benchmarks._turns import machine
 from benchmarks.plan import say
 from exfm.data.errors import UserError
@@ -25,12 +25,6 @@ from exfm.launch.auditing import audit_run
 ROOT = Path(__file__).resolve().parents[1]
 SLICES, ROWS, BATCH = 3, 8192, 64
 LIMIT_S = 600.0
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [x for x in map(json.loads, lines) if x["kind"] in ("progress", "slice")]
 
 
 def lose(cluster: SlurmCluster, stream: Path, run: Path, nodes: int, which: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from exfm.data.finding import Finding
+from exfm.data.host import installed
 from exfm.launch.diagnosis import CPU_WHEEL, CUDA_WHEEL, Installation, diagnose
 from exfm.launch.machine import diagnose_machine, look
 
@@ -44,7 +45,7 @@ def inspect_machine() -> Installation:
     return Installation(
         python=sys.executable,
         python_version=sys.version_info[:2],
-        versions=_installed(("torch", "torchrec", CUDA_WHEEL, CPU_WHEEL)),
+        versions=installed(("torch", "torchrec", CUDA_WHEEL, CPU_WHEEL)),
         torch_has_cuda=torch is not None and (torch / "lib" / "libtorch_cuda.so").exists(),
         fbgemm_variant=_fbgemm_variant(),
         gpu=Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists(),
@@ -53,16 +54,6 @@ def inspect_machine() -> Installation:
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         stale_locks=find_stale_locks(Path.home() / ".cache" / "torch_extensions", time.time()),
     )
-
-
-def _installed(names: tuple[str, ...]) -> dict[str, str]:
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _folder_of(distribution: str, package: str) -> Path | None:

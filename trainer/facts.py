@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from exfm.checkpoints.storage import Storage
-from exfm.data.host import host_bytes_here
+from exfm.data.host import host_bytes_here, installed
 from exfm.trainer.config import JobConfig
 from exfm.trainer.env import RankEnv
 from exfm.trainer.score_config import ScoreConfig
@@ -110,13 +109,7 @@ def host_name() -> str:
 @cache
 def versions() -> dict[str, str]:
     """Of the libraries that a job's result depends on, as their packages say."""
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | found
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | installed(DISTRIBUTIONS)
 
 
 @cache

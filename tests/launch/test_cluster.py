@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from benchmarks._slurm import SlurmCluster, look, nodes_of, wait_until
+from benchmarks._slurm import SlurmCluster, look, nodes_of, records, wait_until
 from exfm.checkpoints.commits import committed
 from exfm.data.errors import UserError
 from exfm.launch.auditing import audit_run
@@ -72,9 +72,7 @@ def release(stream: str, *slices: int) -> None:
 
 
 def steps(raw: Raw) -> list[dict[str, Any]]:
-    path = Path(raw["run"]["folder"]) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [x for x in map(json.loads, lines) if x["kind"] in ("progress", "slice")]
+    return records(Path(raw["run"]["folder"]))
 
 
 def step(raw: Raw) -> int:
